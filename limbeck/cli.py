@@ -1,0 +1,221 @@
+"""The command line: one thin function a command; each only calls a public function."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from limbeck import catalog
+from limbeck.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, or 2 after one sentence on what is wrong with the input."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser, commands = _parser()
+    known, rest = parser.parse_known_args(arguments)
+    if rest and known.command not in ("run", "compare"):
+        commands[known.command].error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        return known.function(known, rest) or 0
+    except UserError as error:
+        print(f"limbeck: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("limbeck: stopped; run the same command again to go on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `limbeck methods | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def demo(known: argparse.Namespace, rest: list[str]) -> None:
+    from limbeck.recipes import demo as run_demo
+
+    comparison = run_demo(known.workspace, seeds=known.seeds, say=_say)
+    _print_table(comparison, "Digits, test data: mean ± deviation", context=["teacher"])
+    _say(f"report: {known.workspace}/report.html")
+
+
+def methods(known: argparse.Namespace, rest: list[str]) -> None:
+    found = catalog.find(known.words, task=known.task, labels=known.labels, teacher=known.teacher)
+    if not found:
+        raise UserError(f"no system matches '{' '.join(known.words)}'; try fewer words, or `limbeck methods` for all")
+    width = max(len(system.slug) for system in found)
+    for system in found:
+        print(f"{system.slug:<{width}}  {system.family:<14}  labels: {system.labels:<5}  {system.summary}")
+
+
+def show(known: argparse.Namespace, rest: list[str]) -> None:
+    print(catalog.card(known.slug), end="")
+
+
+def run(known: argparse.Namespace, rest: list[str]) -> None:
+    from limbeck.recipes import run as run_recipe
+
+    result = run_recipe(
+        known.recipe,
+        _settings(rest),
+        workspace=known.workspace,
+        allow_imports=known.allow_imports,
+        progress=sys.stderr.isatty() or known.progress,
+    )
+    for name in ("accuracy", "nll", "ece"):
+        _say(f"test {name:<9} {result.metrics[name]:.4f}")
+    _say(f"{result.metrics['parameters']:,.0f} parameters, {result.metrics['latency_ms']:.2f} ms a sample")
+    _say(f"student: {result.workspace}/student   report: {result.workspace}/report.html")
+
+
+def compare(known: argparse.Namespace, rest: list[str]) -> None:
+    from limbeck.recipes import compare as run_compare
+
+    comparison = run_compare(
+        known.recipes,
+        seeds=known.seeds,
+        settings=_settings(rest),
+        workspace=known.workspace,
+        allow_imports=known.allow_imports,
+        say=_say,
+    )
+    _print_table(comparison, "Test data: mean ± deviation")
+    _say(f"report: {known.workspace}/report.html")
+
+
+def prove(known: argparse.Namespace, rest: list[str]) -> None:
+    from limbeck.recipes import prove as run_prove
+
+    comparison = run_prove(known.slug, seeds=known.seeds, workspace=known.workspace, results=known.results, say=_say)
+    _print_table(comparison, f"{known.slug}: mean ± deviation over {len(comparison.seeds)} seeds")
+    for verdict in comparison.verdicts():
+        p = "" if verdict.p is None else f", p = {verdict.p:.2g}"
+        holds = "holds" if verdict.holds else "does NOT hold"
+        _say(
+            f"{holds}: {verdict.expectation} (difference {verdict.difference:+.4g}, "
+            f"{verdict.seeds_holding} of {verdict.seeds} seeds{p})"
+        )
+    _say(f"result: {known.results}/{known.slug}.json")
+
+
+def export(known: argparse.Namespace, rest: list[str]) -> None:
+    from limbeck.recipes import export as run_export
+
+    for name, path in run_export(known.workspace, tuple(known.formats)).items():
+        _say(f"{name:<13} {path}")
+
+
+def _print_table(comparison: Any, title: str, context: Sequence[str] = ()) -> None:
+    from rich.console import Console
+
+    from limbeck.recipes.compare import COLUMNS
+    from limbeck.report import comparison_table, rich_table
+
+    wanted = [name for name in COLUMNS if name in comparison.metrics()]
+    Console(width=None if sys.stdout.isatty() else 140).print(
+        rich_table(comparison_table(comparison, wanted, context), title)
+    )
+
+
+def _settings(rest: Sequence[str]) -> dict[str, str]:
+    """`--trainer.epochs 3` and `--trainer.epochs=3` as dotted keys."""
+    settings: dict[str, str] = {}
+    words = list(rest)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise UserError(f"'{word}' stands alone; settings are given as --key value, such as --trainer.epochs 3")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise UserError(f"--{key} has no value; settings are given as --key value, such as --trainer.epochs 3")
+            value = words.pop(0)
+        settings[key] = value
+    return settings
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+class _RunHelp(argparse.Action):
+    """`limbeck run --help` in general, `limbeck run kd --help` with every key of that recipe."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, **_: Any) -> None:
+        super().__init__(option_strings, dest, nargs=0, help="this help; after a recipe: all of its keys")
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        parser.print_help()
+        if getattr(namespace, "recipe", None):
+            from limbeck.recipes.recipe import method_class, parser_of, read
+
+            try:
+                name = read(namespace.recipe)["method"]["name"]
+                print(f"\nkeys of a recipe for {name}, each also a setting (--key value):\n")
+                parser_of(method_class(name)).print_help()
+            except UserError as error:
+                parser.exit(2, f"limbeck: {error}\n")
+        parser.exit()
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    parser = argparse.ArgumentParser(
+        prog="limbeck",
+        description="Turn big models and unlabelled data into small models that ship.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    made: dict[str, argparse.ArgumentParser] = {}
+
+    def add(name: str, function: Callable[..., None], help: str, add_help: bool = True) -> argparse.ArgumentParser:
+        made[name] = commands.add_parser(name, help=help, description=help, allow_abbrev=False, add_help=add_help)
+        made[name].set_defaults(function=function)
+        return made[name]
+
+    one = add("demo", demo, "teacher, baseline and distilled students on embedded data: a table and a report")
+    one.add_argument("--workspace", default="runs/demo", help="folder for runs and report (default %(default)s)")
+    one.add_argument("--seeds", type=int, default=3, help="seeds of every arm (default %(default)s)")
+
+    one = add("methods", methods, "find a system by words and by what you have")
+    one.add_argument("words", nargs="*", help="words of its name, paper or purpose")
+    one.add_argument("--task", help="such as classification, detection, language-model")
+    one.add_argument("--labels", help="full, few or none")
+    one.add_argument("--teacher", help="such as frozen, ema, self, none")
+
+    one = add("show", show, "print a system's card")
+    one.add_argument("slug")
+
+    one = add("run", run, "train a student by a recipe; further --key value pairs set keys of the recipe", add_help=False)
+    one.add_argument("recipe", help="slug of a system, or a YAML file")
+    one.add_argument("--workspace", help="folder of the run (default runs/<recipe>); a broken run goes on there")
+    one.add_argument("--allow-imports", action="store_true", help="let the recipe name code from outside Limbeck")
+    one.add_argument("--progress", action="store_true", help="show progress although this is no terminal")
+    one.add_argument("--help", "-h", action=_RunHelp)
+
+    one = add("compare", compare, "run several recipes over the same seeds; --key value pairs set keys of all")
+    one.add_argument("recipes", nargs="+", help="slugs or YAML files")
+    one.add_argument("--seeds", type=int, default=3, help="seeds of every recipe (default %(default)s)")
+    one.add_argument("--workspace", default="runs/compare", help="folder (default %(default)s)")
+    one.add_argument("--allow-imports", action="store_true", help="let recipes name code from outside Limbeck")
+
+    one = add("prove", prove, "measure a system's claim and write results/<slug>.json")
+    one.add_argument("slug")
+    one.add_argument("--seeds", type=int, help="instead of the claim's own number")
+    one.add_argument("--workspace", help="folder of the runs (default runs/prove-<slug>)")
+    one.add_argument("--results", default="results", help="folder of the result files (default %(default)s)")
+
+    one = add("export", export, "write the student of a finished run as files to deploy")
+    one.add_argument("workspace", help="folder of the run")
+    one.add_argument(
+        "--formats",
+        nargs="+",
+        default=["safetensors", "torch_export", "onnx"],
+        choices=["safetensors", "torch_export", "onnx"],
+        help="which files (default all)",
+    )
+    return parser, made
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The published systems, one module and one card each, in a folder a task."""

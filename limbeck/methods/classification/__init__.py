@@ -1,0 +1,1 @@
+"""Classification with labels for everything."""

@@ -1,0 +1,8 @@
+"""Recipes, and what the command line does with them: every command is a function here."""
+
+from limbeck.recipes.compare import compare, prove
+from limbeck.recipes.demo import demo
+from limbeck.recipes.recipe import StreamSettings
+from limbeck.recipes.run import Result, distill, export, restore, run
+
+__all__ = ["Result", "StreamSettings", "compare", "demo", "distill", "export", "prove", "restore", "run"]

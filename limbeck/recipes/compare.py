@@ -1,0 +1,152 @@
+"""Several systems over the same seeds, and the measurement of a system's claim."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from limbeck import catalog
+from limbeck.data import Data
+from limbeck.errors import UserError
+from limbeck.evaluate import Comparison, predict, reliability
+from limbeck.recipes import recipe as recipes
+from limbeck.recipes.data import describe
+from limbeck.recipes.run import Result, run
+from limbeck.report import write_report
+from limbeck.train.checkpoint import write_text
+from limbeck.train.logs import Row
+
+COLUMNS = ("accuracy", "nll", "ece", "parameters", "latency_ms", "seconds")
+COSTS = {"train.learning_rate", "train.samples_per_second"}
+
+
+@dataclass
+class Page:
+    """What a comparison's report shows beside its table: of the first seed's runs."""
+
+    curves: dict[str, list[Row]]
+    predictions: dict[str, Any]
+    data: Data | None = None
+
+
+def compare(
+    arms: Mapping[str, str | Path | Mapping[str, Any]] | Sequence[str],
+    *,
+    seeds: int = 3,
+    settings: Mapping[str, Any] | None = None,
+    workspace: str | Path = "runs/compare",
+    allow_imports: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Comparison:
+    """Run every arm with seeds 0, 1, ... on the same splits and initial weights, and write a table and a report.
+
+    Args:
+        arms: recipes by name, or slugs and files. Systems that share data, student and trainer compare best: their
+            own recipes may differ in these, so set what must be equal by `settings`.
+        settings: dotted keys for all arms.
+        workspace: one folder a run below it; finished runs are loaded, not repeated.
+        say: is told of every finished run.
+    """
+    named = dict(arms) if isinstance(arms, Mapping) else {Path(arm).stem: arm for arm in arms}
+    contents = {arm: recipes.override(recipes.read(recipe), settings or {}) for arm, recipe in named.items()}
+    comparison, page = measure(contents, range(seeds), Path(workspace), allow_imports=allow_imports, say=say)
+    write_page(Path(workspace) / "report.html", " against ".join(contents), comparison, page)
+    write_text(Path(workspace) / "comparison.json", comparison.to_json())
+    return comparison
+
+
+def measure(
+    contents: Mapping[str, Mapping[str, Any]],
+    seeds: Iterable[int],
+    workspace: Path,
+    *,
+    allow_imports: bool = False,
+    say: Callable[[str], None],
+) -> tuple[Comparison, Page]:
+    """All arms over all seeds; an arm's metrics of a seed are its test metrics and the means of what it logged."""
+    started, seeds = time.perf_counter(), list(seeds)
+    rows: dict[str, list[dict[str, float]]] = {arm: [] for arm in contents}
+    page = Page({}, {})
+    for seed in seeds:
+        for arm, content in contents.items():
+            result = run(
+                {**content, "seed": seed},
+                workspace=workspace / _folder(arm) / f"seed-{seed}",
+                allow_imports=allow_imports,
+                report=False,
+            )
+            rows[arm].append({**result.metrics, **_logged(result)})
+            if seed == seeds[0]:
+                page.curves[arm] = result.fit.train + result.fit.validation
+                page.predictions[arm] = reliability(*predict(result.student, result.data.test))
+                page.data = result.data
+            say(f"{arm}, seed {seed}: accuracy {100 * result.metrics['accuracy']:.1f} %, {result.fit.seconds:.0f} s")
+    assert page.data is not None
+    comparison = Comparison(rows, seeds, data=describe(page.data), config={"arms": dict(contents)})
+    comparison.seconds = time.perf_counter() - started
+    return comparison, page
+
+
+def prove(
+    slug: str,
+    *,
+    seeds: int | None = None,
+    workspace: str | Path | None = None,
+    results: str | Path = "results",
+    say: Callable[[str], None] = lambda line: None,
+) -> Comparison:
+    """Measure a system's claim: its recipe's `claim` names the arms, the seeds and what is expected.
+
+    Each arm is the recipe with that arm's changes. Writes `<results>/<slug>.json`, whatever comes out, and a report
+    in the workspace. Runs that are finished are loaded, so a measurement that was broken off goes on.
+
+    Raises:
+        UserError: the recipe states no claim, or an expectation speaks of an unknown arm or metric.
+    """
+    system = catalog.system(slug)
+    content = recipes.read(slug)
+    claim = content.pop("claim", None)
+    if not claim:
+        raise UserError(f"the recipe of {slug} states no claim; add a section 'claim' with 'arms' and 'expect'")
+    arms = {arm: recipes.fit_to_method(recipes.merge(content, change or {})) for arm, change in claim["arms"].items()}
+    folder = Path(workspace or f"runs/prove-{slug}")
+    count = seeds or claim.get("seeds", 5)
+    comparison, page = measure(arms, range(count), folder, say=say)
+    comparison.slug, comparison.expectations = slug, list(claim["expect"])
+    comparison.config = {"recipe": content, "arms": claim["arms"]}
+    comparison.verdicts()  # an expectation that names what there is not fails before anything is written
+    write_page(folder / "report.html", f"The claim of {system.name}", comparison, page)
+    write_text(Path(results) / f"{slug}.json", comparison.to_json())
+    return comparison
+
+
+def write_page(path: Path, title: str, comparison: Comparison, page: Page, context: Sequence[str] = ()) -> None:
+    """The report of a comparison."""
+    assert page.data is not None
+    sizes = ", ".join(f"{name} {value}" for name, value in describe(page.data).items())
+    write_report(
+        path,
+        title=title,
+        comparison=comparison,
+        metrics=[name for name in (*COLUMNS,) if name in comparison.metrics()],
+        context=context,
+        curves=page.curves,
+        reliability=page.predictions,
+        configuration=yaml.safe_dump(comparison.config, sort_keys=False),
+        notes=[f"Data: {sizes}. Curves and reliability diagrams are of the first seed."],
+    )
+
+
+def _logged(result: Result) -> dict[str, float]:
+    """Means over the run of what the method logged, as `train.<name>`."""
+    named = {f"train.{name}": value for name, value in result.logged.items()}
+    return {name: value for name, value in named.items() if name not in COSTS}
+
+
+def _folder(arm: str) -> str:
+    return "".join(letter if letter.isalnum() or letter in "-_." else "_" for letter in arm)

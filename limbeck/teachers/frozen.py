@@ -1,0 +1,50 @@
+"""A network that supervises and does not learn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.models import Outputs, Taps, class_count
+from limbeck.teachers.teacher import Teacher
+
+
+class Frozen(Teacher):
+    """A live network in eval mode, without gradients, that is not saved with the student.
+
+    Args:
+        model: inputs to logits. It is put in eval mode and its parameters stop requiring gradients.
+        taps: names of inner modules whose outputs are wanted too (`outputs.features[name]`).
+        batch_statistics: normalise by the batch's own statistics in BatchNorm layers, as some papers' teachers do
+            (their running statistics still do not move).
+    """
+
+    def __init__(self, model: nn.Module, *, taps: Sequence[str] = (), batch_statistics: bool = False) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.class_count = class_count(model)
+        self.taps = Taps(self.model, taps) if taps else None
+        if batch_statistics:
+            for module in model.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    # Without running statistics BatchNorm uses the batch's, in eval mode too, and nothing moves.
+                    module.running_mean = module.running_var = None
+
+    def __call__(self, fields: Mapping[str, Any], view: str) -> Outputs:
+        with torch.inference_mode():
+            inputs = fields[view]
+            outputs = self.taps(inputs) if self.taps else Outputs(logits=self.model(inputs))
+        # A loss may save its target for backward, which tensors born in inference mode refuse: hand out copies.
+        return outputs.map(Tensor.clone)
+
+    def to(self, device: torch.device | None = None, memory_format: torch.memory_format | None = None) -> Self:
+        if device is not None:
+            self.model.to(device)
+        if memory_format is not None:
+            self.model.to(memory_format=memory_format)
+        return self
+
+    def compile(self) -> None:
+        self.model.compile()

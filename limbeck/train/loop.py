@@ -1,0 +1,496 @@
+"""The training loop: any method, several streams, several parts updated in turn, exact resume."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from limbeck.data import Samples, Stream
+from limbeck.distributed import rank, world_size
+from limbeck.errors import UserError
+from limbeck.models import convert_sync_batchnorm
+from limbeck.teachers import EMA
+from limbeck.train.checkpoint import (
+    load_state,
+    load_tensors,
+    random_state,
+    save_state,
+    save_tensors,
+    seed_everything,
+    set_random_state,
+)
+from limbeck.train.logs import Logs, Row
+from limbeck.train.method import Batch, Clock, Losses, Method
+from limbeck.train.trainer import Trainer
+
+Evaluator = Callable[[nn.Module, Samples], Mapping[str, float]]
+
+SECONDS_BETWEEN_CHECKPOINTS = 30.0
+
+
+class NonFiniteLoss(UserError):
+    """A loss term became NaN or infinite."""
+
+
+@dataclass
+class Fit:
+    """What a training stage leaves behind: metrics of what ships, time, and the rows of its two tables."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    steps: int = 0
+    train: list[Row] = field(default_factory=list)
+    validation: list[Row] = field(default_factory=list)
+
+
+def fit(
+    method: Method,
+    streams: Mapping[str, Stream],
+    trainer: Trainer,
+    *,
+    validation: Samples | None = None,
+    evaluator: Evaluator | None = None,
+    folder: str | Path | None = None,
+    name: str = "student",
+    fabric: Fabric | None = None,
+) -> Fit:
+    """Train a method in place.
+
+    Args:
+        streams: batches by name; they are opened here.
+        validation, evaluator: what is measured after epochs, e.g. `ClassificationEvaluator()`; also the data that
+            `method.tune` sees.
+        folder: for checkpoints and logs. A run that was killed goes on from its last checkpoint there, and ends with
+            the very weights of an uninterrupted one.
+        name: of the stage; random numbers depend on it and on the trainer's seed.
+        fabric: devices that were launched before; None launches them.
+
+    Raises:
+        UserError: method, streams and trainer do not fit each other; a checkpoint belongs to something else.
+        NonFiniteLoss: a loss term is NaN or infinite; the last good checkpoint is kept.
+    """
+    loop = Loop(method, streams, trainer, validation, evaluator, Path(folder) if folder else None, name, fabric)
+    return loop.run()
+
+
+class Loop:
+    """The state of one `fit`."""
+
+    def __init__(
+        self,
+        method: Method,
+        streams: Mapping[str, Stream],
+        trainer: Trainer,
+        validation: Samples | None,
+        evaluator: Evaluator | None,
+        folder: Path | None,
+        name: str,
+        fabric: Fabric | None,
+    ) -> None:
+        self.method, self.trainer, self.name = method, trainer, name
+        self.streams = {stream: streams[stream] for stream in method.streams if stream in streams}
+        self.validation, self.evaluator = validation, evaluator
+        method.check(streams)
+        for wanted in (trainer.select, trainer.early_stop and trainer.early_stop.metric):
+            if wanted and (validation is None or evaluator is None):
+                raise UserError(f"the trainer watches '{wanted}', but there is no validation data to measure it on")
+        self.fabric = fabric or trainer.fabric()
+        seed_everything(trainer.seed, name, rank())
+        for stream_name, stream in self.streams.items():
+            stream.open(stream_name, seed=trainer.seed, rank=rank(), world_size=world_size())
+        self.clock = method.clock = self._clock()
+        method.prepare(self.streams)
+        self._place()
+        self.parts = method.parts()
+        self.optimizers = {
+            part: self.fabric.setup_optimizers(trainer.optimizers.get(part, trainer.optimizer).build(parameters))
+            for part, parameters in self.parts.items()
+        }
+        unknown = set(trainer.optimizers) - set(self.parts)
+        if unknown:
+            raise UserError(f"optimizers names the part '{min(unknown)}'; the method has {', '.join(self.parts)}")
+        self.rates = {part: [g["lr"] for g in opt.param_groups] for part, opt in self.optimizers.items()}
+        self.ema = EMA(method, trainer.ema_decay) if trainer.ema_decay is not None else None
+        self.checkpoint = folder / "checkpoint.pt" if folder else None
+        self.best = folder / "best.safetensors" if folder else None
+        self.best_value: float | None = None
+        self.best_state: dict[str, Tensor] | None = None
+        self.seconds = 0.0
+        self.metrics: dict[str, float] = {}
+        self.logs = Logs(folder, name, tensorboard=trainer.tensorboard, progress=trainer.progress, quiet=rank() > 0)
+        self.sums = RunningTerms(self.fabric.device.type == "cpu", self.checkpoint)
+
+    # -- the run ------------------------------------------------------------------------------------------------
+
+    def run(self) -> Fit:
+        self._resume()
+        self.logs.start(self.clock.step, self.clock.steps)
+        self.started = self.saved = time.perf_counter()
+        stopped = False
+        try:
+            while self.clock.step < self.clock.steps and not stopped:
+                self.method.train()
+                epoch_end = min((self.clock.epoch + 1) * self.clock.steps_per_epoch, self.clock.steps)
+                while self.clock.step < epoch_end:
+                    self._step()
+                    if self.clock.step % self.trainer.log_every == 0:
+                        self._report()
+                    if self._due() and self.clock.step < epoch_end:
+                        self._save()
+                stopped = self._end_epoch()
+        finally:
+            self.logs.close()
+        self._take_what_ships()
+        return Fit(
+            self.metrics, self._elapsed(), self.clock.step, self.logs.train.rows, self.logs.validation.rows
+        )
+
+    def _step(self) -> None:
+        """One optimiser step of every part that the method yields, on `accumulate` batches each."""
+        self._set_rates()
+        rounds = [self._rounds() for _ in range(self.trainer.accumulate)]
+        while True:
+            part = None
+            for micro_batch in rounds:
+                with self.fabric.autocast():
+                    answer = next(micro_batch, None)
+                if answer is None:
+                    continue
+                if part is None:
+                    part = answer[0]
+                    self.optimizers[part].zero_grad()
+                self._backward(*answer)
+            if part is None:
+                break
+            self._update(part)
+        for term, value in self.method.logged.items():
+            self.sums.add(term, value)
+        self.method.logged.clear()
+        self.method.after_step()
+        if self.ema:
+            self.ema.update(self.method, self.clock.step)
+        self.clock.step += 1
+
+    def _rounds(self) -> Iterator[tuple[str, Losses]]:
+        """The parts and losses of one batch, asked for one after another."""
+        answer = self.method.training_step(self._batch())
+        if isinstance(answer, dict):
+            yield next(iter(self.parts)), answer
+        else:
+            yield from answer
+
+    def _batch(self) -> Batch:
+        return {name: self.render(stream) for name, stream in self.streams.items()}
+
+    def render(self, stream: Stream) -> Mapping[str, Any]:
+        """The stream's next batch on the device, with its views."""
+        fields = stream.render(_to_device(stream.next(), self.fabric.device))
+        if not self.channels_last:
+            return fields
+        return {name: _channels_last(value) for name, value in fields.items()}
+
+    def _backward(self, part: str, losses: Losses) -> None:
+        total: Tensor | float = 0.0
+        for term, value in losses.items():
+            total = total + self.method.now(self.method.weights.get(term, 1.0)) * value
+            self.sums.add(term, value.detach())
+        self.sums.check(losses, self.clock.step)
+        total = total / self.trainer.accumulate
+        # Parts share graphs (a critic on the student's samples): only the yielded part's parameters get gradients.
+        inputs = self.parts[part] if len(self.parts) > 1 else None
+        self.fabric.backward(total, inputs=inputs)  # type: ignore[arg-type]
+
+    def _update(self, part: str) -> None:
+        average_gradients(self.parts[part])
+        optimizer = self.optimizers[part]
+        if self.trainer.clip_norm is not None:
+            self.fabric.clip_gradients(self.method, optimizer, max_norm=self.trainer.clip_norm)
+        optimizer.step()
+
+    def _set_rates(self) -> None:
+        factor = self.trainer.schedule(self.clock.step, self.clock.steps)
+        for part, optimizer in self.optimizers.items():
+            for group, rate in zip(optimizer.param_groups, self.rates[part], strict=True):
+                group["lr"] = rate * factor
+
+    # -- between steps ------------------------------------------------------------------------------------------
+
+    def _report(self) -> None:
+        means = self.sums.means()
+        samples = sum(stream.batch_size for stream in self.streams.values()) * self.trainer.accumulate * world_size()
+        rate = next(iter(self.optimizers.values())).param_groups[0]["lr"]
+        self.logs.train_row(self.clock.step, self.clock.epoch, {**means, "learning_rate": rate}, samples)
+
+    def _end_epoch(self) -> bool:
+        """Evaluate, save, and say whether to stop early."""
+        self.method.after_epoch()
+        last = self.clock.step >= self.clock.steps
+        stop = False
+        if self.evaluator and self.validation is not None and (last or self.clock.epoch % self.trainer.evaluate_every == 0):
+            stop = self._evaluate()
+        if last or stop or self._due():
+            self._save()
+        return stop
+
+    def _evaluate(self) -> bool:
+        assert self.evaluator is not None and self.validation is not None
+        method = self.ema.model if self.ema else self.method
+        method.eval()
+        method.tune(self._validation_batches())
+        self.metrics = dict(self.evaluator(method.shipped(), self.validation))
+        self.logs.validation_row(self.clock.step, self.clock.epoch, self.metrics)
+        return self._watch(method)
+
+    def _validation_batches(self) -> Iterable[Mapping[str, Any]]:
+        assert self.validation is not None
+        stream = Stream(self.validation, batch_size=256, shuffle=False, drop_last=False)
+        stream.open("validation", seed=0)
+        for _ in range(stream.steps_per_epoch):
+            yield self.render(stream)
+
+    def _watch(self, method: Method) -> bool:
+        """Keep the best state so far, and count the evaluations that brought nothing better."""
+        if self.trainer.select:
+            value = self._metric(self.trainer.select)
+            sign = 1 if self.trainer.select_mode == "max" else -1
+            if self.best_value is None or sign * value > sign * self.best_value:
+                self.best_value = value
+                self.best_state = {k: v.detach().clone() for k, v in method.state_dict().items()}
+                if self.best and rank() == 0:
+                    save_tensors(self.best, self.best_state)
+        stop = self.trainer.early_stop
+        if stop is None:
+            return False
+        values = [row[stop.metric] for row in self.logs.validation.rows if stop.metric in row] or [
+            self._metric(stop.metric)
+        ]
+        best, since = None, 0
+        for value in values:
+            best, since = (value, 0) if stop.better(value, best) else (best, since + 1)
+        return since >= stop.patience
+
+    def _metric(self, name: str) -> float:
+        if name not in self.metrics:
+            raise UserError(f"the trainer watches '{name}'; the evaluator measures {', '.join(self.metrics)}")
+        return self.metrics[name]
+
+    def _take_what_ships(self) -> None:
+        """Leave the moving average, or the best epoch, in the method."""
+        if self.trainer.select:
+            if self.best_state is None and self.best is not None and self.best.exists():
+                self.best_state = load_tensors(self.best)
+            assert self.best_state is not None
+            self.method.load_state_dict(self.best_state)
+            sign = 1 if self.trainer.select_mode == "max" else -1
+            self.metrics = max(
+                ({k: v for k, v in row.items() if k not in ("step", "epoch")} for row in self.logs.validation.rows),
+                key=lambda row: sign * row[str(self.trainer.select)],
+                default=self.metrics,
+            )
+        elif self.ema:
+            self.method.load_state_dict(self.ema.model.state_dict())
+        self.method.eval()
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def _due(self) -> bool:
+        if self.trainer.checkpoint_every is not None:
+            return self.clock.step % self.trainer.checkpoint_every == 0
+        if world_size() > 1:  # clocks differ between processes; all save at the same step or none
+            return self.clock.step % self.clock.steps_per_epoch == 0
+        return time.perf_counter() - self.saved > SECONDS_BETWEEN_CHECKPOINTS
+
+    def _save(self) -> None:
+        if self.checkpoint is None:
+            return
+        self.sums.look()
+        ranks: list[Any] = [None] * world_size()
+        mine = {"random": random_state(), "streams": {n: s.state_dict() for n, s in self.streams.items()}}
+        if world_size() > 1:
+            dist.all_gather_object(ranks, mine)
+        else:
+            ranks = [mine]
+        state = {
+            "step": self.clock.step,
+            "seconds": self._elapsed(),
+            "metrics": self.metrics,
+            "best_value": self.best_value,
+            "sums": self.sums.state_dict(),
+            "method": self.method.state_dict(),
+            "optimizers": {part: optimizer.state_dict() for part, optimizer in self.optimizers.items()},
+            "ema": self.ema.state_dict() if self.ema else None,
+            "precision": self.fabric._precision.state_dict(),
+            "ranks": ranks,
+        }
+        if rank() == 0:
+            save_state(self.checkpoint, state)
+        self.saved = time.perf_counter()
+
+    def _resume(self) -> None:
+        if self.checkpoint is None or not self.checkpoint.exists():
+            return
+        state = load_state(self.checkpoint)
+        if len(state["ranks"]) != world_size():
+            raise UserError(
+                f"{self.checkpoint} was saved by {len(state['ranks'])} processes and this run has {world_size()}; "
+                "resume with the same number, or delete it to start this stage anew"
+            )
+        try:
+            self.method.load_state_dict(state["method"])
+            for part, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(state["optimizers"][part])
+            if self.ema:
+                self.ema.load_state_dict(state["ema"])
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            first = str(error).strip().splitlines()[-1].strip()
+            raise UserError(
+                f"{self.checkpoint} belongs to another architecture or method ({first}); run with the recipe that made "
+                "it, or delete it to start this stage anew"
+            ) from error
+        self.fabric._precision.load_state_dict(state["precision"])
+        mine = state["ranks"][rank()]
+        for name, stream in self.streams.items():
+            stream.load_state_dict(mine["streams"][name])
+        set_random_state(mine["random"])
+        self.clock.step = state["step"]
+        self.seconds, self.metrics, self.best_value = state["seconds"], state["metrics"], state["best_value"]
+        self.sums.load_state_dict(state["sums"])
+
+    # -- set-up -------------------------------------------------------------------------------------------------
+
+    def _clock(self) -> Clock:
+        per_epoch = self.streams[self.method.epoch_stream].steps_per_epoch // self.trainer.accumulate
+        per_epoch = max(1, per_epoch)
+        steps = self.trainer.steps or (self.trainer.epochs or 0) * per_epoch
+        return Clock(steps=steps, steps_per_epoch=per_epoch)
+
+    def _place(self) -> None:
+        """Move method and teachers to the device, in the memory format and form that they run in."""
+        if world_size() > 1:
+            if self.trainer.sync_batchnorm:
+                convert_sync_batchnorm(self.method)
+            for tensor in self.method.state_dict().values():
+                dist.broadcast(tensor, src=0)
+        self.method.to(self.fabric.device)
+        teachers = self.method.teachers().values()
+        for teacher in teachers:
+            teacher.to(self.fabric.device)
+        self.channels_last = self.trainer.channels_last and any(isinstance(m, nn.Conv2d) for m in self.method.modules())
+        if self.channels_last:
+            self.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            for teacher in teachers:
+                teacher.to(memory_format=torch.channels_last)
+        if self.trainer.compile:
+            for module in self.method.children():
+                module.compile()
+            for teacher in teachers:
+                teacher.compile()
+
+    def _elapsed(self) -> float:
+        return self.seconds + time.perf_counter() - self.started
+
+
+class RunningTerms:
+    """Sums of the logged scalars since the last look, kept on the device, and the guard against NaN.
+
+    On a CPU the guard looks before each backward pass. An accelerator would have to wait for it, so there the first
+    bad step of each term is recorded on the device and read at the next look: logging, saving, or the epoch's end.
+    """
+
+    def __init__(self, check_each_step: bool, checkpoint: Path | None) -> None:
+        self.check_each_step, self.checkpoint = check_each_step, checkpoint
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.first_bad: dict[str, Tensor] = {}
+
+    def add(self, term: str, value: Tensor) -> None:
+        value = value.float()
+        self.sums[term] = self.sums[term] + value if term in self.sums else value
+        self.counts[term] = self.counts.get(term, 0) + 1
+
+    def check(self, losses: Losses, step: int) -> None:
+        if self.check_each_step:
+            for term, value in losses.items():
+                if not torch.isfinite(value.detach()).item():
+                    self._stop(term, step)
+            return
+        for term, value in losses.items():
+            never = self.first_bad.setdefault(term, torch.full((), -1.0, device=value.device))
+            bad = ~torch.isfinite(value.detach()) & (never < 0)
+            self.first_bad[term] = torch.where(bad, torch.full_like(never, step), never)
+
+    def look(self) -> None:
+        """Read the guard's record."""
+        if not self.first_bad:
+            return
+        steps = torch.stack(list(self.first_bad.values())).tolist()
+        bad = [(step, term) for term, step in zip(self.first_bad, steps, strict=True) if step >= 0]
+        if bad:
+            step, term = min(bad)
+            self._stop(term, int(step))
+
+    def means(self) -> dict[str, float]:
+        """Means since the last call; one read of the device."""
+        self.look()
+        if not self.sums:
+            return {}
+        values = torch.stack([self.sums[term].reshape(()) for term in self.sums]).tolist()
+        means = {term: value / self.counts[term] for term, value in zip(self.sums, values, strict=True)}
+        self.sums, self.counts = {}, {}
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": self.sums, "counts": self.counts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+    def _stop(self, term: str, step: int) -> None:
+        saved = self.checkpoint is not None and self.checkpoint.exists()
+        kept = f"the last good checkpoint is {self.checkpoint}" if saved else "nothing was saved yet"
+        raise NonFiniteLoss(
+            f"the loss term '{term}' is not finite at step {step}; {kept}: lower the learning rate, clip gradients or "
+            "look for bad inputs"
+        )
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the processes, in one all-reduce for each dtype.
+
+    Which parameters have gradients must be the same in all processes. Done after the backward pass and not by a
+    wrapper around the module, because a step may run a network several times, update parts in turn or leave some out.
+    """
+    if world_size() == 1:
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            by_dtype.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    for gradients in by_dtype.values():
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= world_size()
+        pieces = flat.split([gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
+
+
+def _to_device(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: _to_device(part, device) for name, part in value.items()}
+    return value
+
+
+def _channels_last(value: Any) -> Any:
+    if isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point():
+        return value.contiguous(memory_format=torch.channels_last)
+    return value

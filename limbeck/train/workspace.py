@@ -1,0 +1,176 @@
+"""The folder of a run: what was asked for, the results of every stage, and what is left to do."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from limbeck.data import Samples, Stream
+from limbeck.errors import UserError
+from limbeck.teachers import Teacher
+from limbeck.train.checkpoint import load_tensors, save_tensors, seed_everything, write_text
+from limbeck.train.logs import read_csv
+from limbeck.train.loop import Evaluator, Fit, fit
+from limbeck.train.method import Method
+from limbeck.train.trainer import Trainer
+
+M = TypeVar("M", bound=Method)
+
+
+class Workspace:
+    """A run on disk: `recipe.yaml`, and one folder a stage under `stages/`.
+
+    A system of several stages is a plain function that calls `fit`, `label` and `compute` one after another. Run again
+    after a crash, complete stages load and the broken one goes on in mid-epoch, bit for bit as if nothing had happened:
+    random numbers are seeded anew by (seed, stage) where a stage begins and where it ends.
+
+    Args:
+        path: the folder; made when it is not there.
+        config: what was asked for. A folder that holds another run's configuration is refused.
+        seed: of everything that is drawn between stages (initial weights).
+        evaluator: what `fit` measures on validation data when it is given no other.
+        fabric: devices that were launched; None lets every stage's trainer launch its own.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        config: Mapping[str, Any] | None = None,
+        *,
+        seed: int = 0,
+        evaluator: Evaluator | None = None,
+        fabric: Fabric | None = None,
+    ) -> None:
+        self.path, self.seed, self.evaluator, self.fabric = Path(path), seed, evaluator, fabric
+        self.fits: dict[str, Fit] = {}
+        if config is not None:
+            self._own(dict(config))
+        seed_everything(seed, "workspace")
+
+    def _own(self, config: dict[str, Any]) -> None:
+        file = self.path / "recipe.yaml"
+        if file.exists():
+            found = yaml.safe_load(file.read_text())
+            asked = yaml.safe_load(yaml.safe_dump(config))
+            if found != asked:
+                raise UserError(
+                    f"the workspace {self.path} belongs to another recipe ({_first_difference(found, asked)}); "
+                    "choose another folder with --workspace, or delete this one"
+                )
+        else:
+            write_text(file, yaml.safe_dump(config, sort_keys=False))
+
+    def folder(self, stage: str) -> Path:
+        """Where a stage keeps its files."""
+        return self.path / "stages" / stage
+
+    def done(self, stage: str) -> bool:
+        """Whether a stage is complete."""
+        return (self.folder(stage) / "done.json").exists()
+
+    def fit(
+        self,
+        stage: str,
+        method: M,
+        streams: Mapping[str, Stream],
+        trainer: Trainer,
+        *,
+        validation: Samples | None = None,
+        evaluator: Evaluator | None = None,
+    ) -> M:
+        """Train a method as one stage, or load what this stage left behind. Returns the method, in eval mode."""
+        folder = self.folder(stage)
+        if self.done(stage):
+            self._restore(stage, method, streams, trainer)
+        else:
+            evaluator = evaluator or self.evaluator
+            result = fit(
+                method,
+                streams,
+                trainer,
+                validation=validation,
+                evaluator=evaluator if validation is not None else None,
+                folder=folder,
+                name=stage,
+                fabric=self.fabric,
+            )
+            save_tensors(folder / "method.safetensors", method.state_dict())
+            self._complete(stage, metrics=result.metrics, seconds=result.seconds, steps=result.steps)
+            (folder / "checkpoint.pt").unlink(missing_ok=True)
+            (folder / "best.safetensors").unlink(missing_ok=True)
+        record = json.loads((folder / "done.json").read_text())
+        self.fits[stage] = Fit(**record, train=_rows(folder / "train.csv"), validation=_rows(folder / "validation.csv"))
+        seed_everything(self.seed, stage, "done")
+        return method
+
+    def _restore(self, stage: str, method: Method, streams: Mapping[str, Stream], trainer: Trainer) -> None:
+        for name, stream in streams.items():
+            stream.open(name, seed=trainer.seed)
+        method.prepare(streams)
+        file = self.folder(stage) / "method.safetensors"
+        try:
+            method.load_state_dict(load_tensors(file))
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[-1].strip()
+            raise UserError(f"{file} belongs to another architecture ({first}); delete {file.parent} to redo it") from error
+        method.eval()
+
+    def compute(self, stage: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors that one stage makes (pseudo-labels, synthetic data, codebooks): made once, then loaded."""
+        file = self.folder(stage) / "tensors.safetensors"
+        if not self.done(stage):
+            started = time.perf_counter()
+            seed_everything(self.seed, stage)
+            save_tensors(file, make())
+            self._complete(stage, metrics={}, seconds=time.perf_counter() - started, steps=0)
+        seed_everything(self.seed, stage, "done")
+        return load_tensors(file)
+
+    def label(
+        self,
+        stage: str,
+        teacher: Teacher | Callable[[Mapping[str, Any], str], Any],
+        samples: Samples,
+        *,
+        view: str = "image",
+        keep: Sequence[str] = ("logits",),
+        batch_size: int = 256,
+        device: torch.device | str = "cpu",
+    ) -> Samples:
+        """The samples with the teacher's outputs added as fields, e.g. `logits` [N, C]; computed once, then loaded."""
+
+        def outputs() -> dict[str, Tensor]:
+            stream = Stream(samples, batch_size, shuffle=False, drop_last=False)
+            stream.open(stage, seed=0)
+            answers = [teacher(_to(stream.render(stream.next()), device), view) for _ in range(stream.steps_per_epoch)]
+            return {name: torch.cat([getattr(answer, name).cpu() for answer in answers]) for name in keep}
+
+        return samples.with_fields(self.compute(stage, outputs))
+
+    def _complete(self, stage: str, **record: Any) -> None:
+        write_text(self.folder(stage) / "done.json", json.dumps(record, indent=2))
+
+
+def _rows(path: Path) -> list[dict[str, float]]:
+    return read_csv(path) if path.exists() else []
+
+
+def _to(fields: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in fields.items()}
+
+
+def _first_difference(found: Any, asked: Any, key: str = "") -> str:
+    """The first place where two configurations differ, in words."""
+    if isinstance(found, dict) and isinstance(asked, dict):
+        for name in {**found, **asked}:
+            if found.get(name) != asked.get(name):
+                return _first_difference(found.get(name), asked.get(name), f"{key}.{name}" if key else str(name))
+    return f"there {key} is {found!r}, here {asked!r}"
