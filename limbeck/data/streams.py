@@ -1,0 +1,219 @@
+"""Streams: endless, shuffled, resumable flows of batches from samples.
+
+Shapes: B rows of a batch, C channels, H height, W width (of images) or W processes (in the order).
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from limbeck.data.samples import Samples
+from limbeck.data.views import View
+from limbeck.errors import UserError
+
+
+class Stream:
+    """A named flow of batches of `batch_size` samples for each process.
+
+    The order is a pure function of (seed, name, epoch): with `perm` the epoch's permutation, rank r of W
+    processes takes `perm[(step*W + r)*B : (step*W + r + 1)*B]` at each step, and the next epoch brings a new
+    permutation (`shuffle=False`: always 0..N-1). What is left over is dropped; with `drop_last=False` it
+    makes a last, shorter batch, equally long for all processes (under several, the first rows of the
+    permutation fill it up). `cycle=True` is for few labels: nothing is dropped, the order is the endless
+    concatenation of the permutations, so a set of 40 serves batches of 64 and each sample comes equally
+    often; an epoch is then ceil(N / (B*W)) steps.
+
+    `views` are applied by `render` to the field `view_field`, on the device, and stored under their names.
+    The parameters of those views named in `record` are stored as `<view>_params`, to replay or keep them.
+    `workers` > 0 reads batches ahead in that many processes: for images that decode when they are asked for.
+
+    Raises `UserError` at `open` where there are fewer samples than one step takes, unless `drop_last=False`
+    or `cycle=True`.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        batch_size: int,
+        views: Mapping[str, View] | None = None,
+        shuffle: bool = True,
+        drop_last: bool = True,
+        workers: int = 0,
+        *,
+        cycle: bool = False,
+        view_field: str = "image",
+        record: Sequence[str] = (),
+    ) -> None:
+        if batch_size < 1:
+            raise UserError(f"A stream's batch_size is {batch_size}, expected at least 1.")
+        if len(samples) == 0:
+            raise UserError("A stream needs at least one sample, got none.")
+        self.samples, self.batch_size, self.workers = samples, batch_size, workers
+        self.views = dict(views or {})
+        self.shuffle, self.drop_last, self.cycle, self.view_field = shuffle, drop_last, cycle, view_field
+        taken = [name for name in self.views if name in samples.fields]
+        if taken:
+            raise UserError(f"The view {taken[0]!r} has the name of a field of the samples: give it another name.")
+        if self.views and view_field not in samples.fields:
+            raise UserError(f"Views need a field {view_field!r}, the samples have {', '.join(samples.fields)}.")
+        unknown = [name for name in record if name not in self.views]
+        if unknown:
+            raise UserError(f"There is no view {unknown[0]!r} to record: the views are {', '.join(self.views)}.")
+        self.record = tuple(record)
+        self.epoch, self.position = 0, 0
+        self.name: str | None = None
+
+    def open(self, name: str, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        """Name the stream and go to its start; once, before the first `next`."""
+        per_step = self.batch_size * world_size
+        if self.drop_last and not self.cycle and per_step > len(self.samples):
+            raise UserError(
+                f"The stream {name!r} has {len(self.samples)} samples but one step takes {per_step} "
+                f"(batch_size {self.batch_size} x {world_size} processes): lower batch_size, or pass "
+                "cycle=True to repeat them, or drop_last=False for one short batch."
+            )
+        self.name, self.seed, self.rank, self.world_size = name, seed, rank, world_size
+        self.epoch, self.position = 0, 0
+        self._permutations: dict[int, Tensor] = {}
+        self._ahead: Iterator[dict] | None = None
+        self._pin = torch.cuda.is_available()
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that go once through the samples."""
+        self._require_open()
+        per_step = self.batch_size * self.world_size
+        whole = len(self.samples) // per_step
+        return whole if self.drop_last and not self.cycle else -(-len(self.samples) // per_step)
+
+    def next(self) -> dict:
+        """The next batch, on the host (pinned where there is CUDA); goes on into the next epoch."""
+        self._require_open()
+        batch = self._read_ahead() if self.workers else self.samples.batch(self._rows(self.epoch, self.position))
+        self.epoch, self.position = self._after(self.epoch, self.position)
+        return _pin(batch) if self._pin else batch
+
+    def render(self, batch: dict) -> dict:
+        """The batch, on its device, with images as float32 in [0,1] and every view under its name."""
+        rendered = {name: _to_float(value) for name, value in batch.items()}
+        for name, view in self.views.items():
+            images = rendered[self.view_field]
+            if name in self.record:
+                params = rendered[f"{name}_params"] = view.draw(images)
+                rendered[name] = view.apply(images, params)
+            else:
+                rendered[name] = view(images)
+        return rendered
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the stream stands, and what that place depends on."""
+        self._require_open()
+        return {"epoch": self.epoch, "position": self.position, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        """Go to a saved place. Raises `UserError` where it belongs to another set, seed or batch size."""
+        self._require_open()
+        differing = [k for k, v in self._identity().items() if state.get(k) != v]
+        if differing:
+            key = differing[0]
+            raise UserError(
+                f"The saved place of stream {self.name!r} belongs to {key}={state.get(key)}, the stream has "
+                f"{key}={self._identity()[key]}: resume with the same, or start anew."
+            )
+        self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        self._ahead = None
+
+    def _identity(self) -> dict[str, int]:
+        sizes = {"samples": len(self.samples), "batch_size": self.batch_size}
+        return {**sizes, "seed": self.seed, "world_size": self.world_size}
+
+    def _require_open(self) -> None:
+        if self.name is None:
+            raise RuntimeError("A stream must be opened before use: stream.open(name, seed).")
+
+    def _after(self, epoch: int, position: int) -> tuple[int, int]:
+        return (epoch, position + 1) if position + 1 < self.steps_per_epoch else (epoch + 1, 0)
+
+    def _rows(self, epoch: int, position: int) -> Tensor:
+        """int64 [B]: this rank's rows of the samples at one step."""
+        size, batch_size = len(self.samples), self.batch_size
+        start = position * self.world_size * batch_size
+        if self.cycle:
+            start += epoch * self.steps_per_epoch * self.world_size * batch_size
+            places = start + self.rank * batch_size + torch.arange(batch_size)
+            first, last = int(places[0]) // size, int(places[-1]) // size
+            order = torch.cat([self._permutation(number) for number in range(first, last + 1)])
+            return order[places - first * size]
+        order = self._permutation(epoch)
+        share = min(batch_size, -(-(size - start) // self.world_size))
+        return order[(start + self.rank * share + torch.arange(share)) % size]
+
+    def _permutation(self, number: int) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(len(self.samples))
+        if number not in self._permutations:
+            digest = hashlib.blake2b(f"{self.seed}/{self.name}/{number}".encode(), digest_size=8).digest()
+            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            # a step looks at neighbouring permutations only: those long past are forgotten
+            self._permutations = {k: v for k, v in self._permutations.items() if k >= number - 1}
+            self._permutations[number] = torch.randperm(len(self.samples), generator=generator)
+        return self._permutations[number]
+
+    def _read_ahead(self) -> dict:
+        if self._ahead is None:
+            loader: Any = torch.utils.data.DataLoader(
+                _Rows(self.samples),  # type: ignore[arg-type]
+                # a copy, so that no cycle of references keeps the workers of a stream that is gone
+                sampler=copy.copy(self)._rows_from(self.epoch, self.position),
+                batch_size=None,
+                num_workers=self.workers,
+                collate_fn=_same,
+                # its own, since drawing the workers' seed from the global one would shift the views' draws
+                generator=torch.Generator().manual_seed(self.seed),
+            )
+            self._ahead = iter(loader)
+        try:
+            return next(self._ahead)
+        except UserError as error:  # a worker's error carries its traceback: its last line is the sentence
+            self._ahead = None
+            raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
+
+    def _rows_from(self, epoch: int, position: int) -> Iterator[list[int]]:
+        while True:
+            yield self._rows(epoch, position).tolist()
+            epoch, position = self._after(epoch, position)
+
+
+class _Rows:
+    """Samples as the data set of a loader whose sampler yields the rows of whole batches."""
+
+    def __init__(self, samples: Samples) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, rows: list[int]) -> dict:
+        return self.samples.batch(torch.tensor(rows))
+
+
+def _same(batch: Any) -> Any:
+    return batch
+
+
+def _pin(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.pin_memory()
+    return {name: _pin(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+def _to_float(value: Any) -> Any:
+    """uint8 images [B,C,H,W] as float32 in [0,1]; anything else as it is."""
+    is_image = isinstance(value, Tensor) and value.dtype == torch.uint8 and value.dim() == 4
+    return value.float().div_(255) if is_image else value
