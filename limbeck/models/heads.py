@@ -30,9 +30,12 @@ def split_head(model: nn.Module) -> tuple[nn.Module, nn.Linear]:
     return model, head
 
 
-def class_count(model: nn.Module) -> int:
-    """Number of classes C of a classifier: the width of its head. `UserError` when it has no linear head."""
-    return find_head(model)[1].out_features
+def class_count(model: nn.Module) -> int | None:
+    """Number of classes C of a classifier: the width of its head. None where there is no linear head to tell."""
+    try:
+        return find_head(model)[1].out_features
+    except UserError:
+        return None
 
 
 def find_head(model: nn.Module) -> tuple[str, nn.Linear]:

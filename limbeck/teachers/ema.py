@@ -41,7 +41,9 @@ class EMA(nn.Module):
     def update(self, model: nn.Module, step: int) -> None:
         """Move towards `model`. `step` (from 0) counts updates; it only matters with warm-up."""
         decay = min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
-        averaged, followed, copied = list(self.model.parameters()), list(model.parameters()), []
+        averaged: list[Tensor] = list(self.model.parameters())
+        followed: list[Tensor] = list(model.parameters())
+        copied = []
         for mine, theirs in zip(self.model.buffers(), model.buffers(), strict=True):
             if self.buffer_rule == "average" and mine.is_floating_point():
                 averaged.append(mine)
@@ -58,5 +60,5 @@ class EMA(nn.Module):
             return Outputs(logits=self.model(fields[view]))
 
 
-def _data(tensors: list[Any]) -> list[Tensor]:
+def _data(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.detach() for tensor in tensors]

@@ -1,4 +1,7 @@
-"""Several teachers that answer as one."""
+"""Several teachers that answer as one.
+
+Letters: M members, B samples, C classes.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,13 @@ class Ensemble(Teacher):
     the mean of the members' probabilities.
 
     Args:
-        teachers: the members; their class counts are equal.
+        teachers: the members; their class counts are equal, where they are known.
         average: what is averaged.
         weights: one non-negative number a member, [M], rescaled to sum to 1; equal when None. For weights that depend
             on the sample give `combine` a tensor [M, B].
+
+    Raises:
+        UserError: there are no teachers, their class counts differ, or the weights do not fit them.
     """
 
     def __init__(
@@ -33,18 +39,21 @@ class Ensemble(Teacher):
         average: Literal["logits", "probabilities"] = "logits",
         weights: Sequence[float] | None = None,
     ) -> None:
-        counts = {teacher.class_count for teacher in teachers}
-        if not teachers or len(counts) > 1:
-            raise UserError(f"the members of an ensemble have {sorted(map(str, counts))} classes; they need the same count")
+        if not teachers:
+            raise UserError("an ensemble needs at least one teacher, got none")
+        counts = {teacher.class_count for teacher in teachers} - {None}
+        if len(counts) > 1:
+            shown = ", ".join(str(teacher.class_count) for teacher in teachers)
+            raise UserError(f"the members of an ensemble have {shown} classes; they need the same count")
         if weights is not None and (len(weights) != len(teachers) or min(weights) < 0 or sum(weights) <= 0):
             raise UserError(f"{len(teachers)} teachers need {len(teachers)} non-negative weights, got {list(weights)}")
         self.teachers = list(teachers)
         self.average = average
         self.weights = torch.tensor(weights or [1.0] * len(teachers))
-        self.class_count = counts.pop()
+        self.class_count = counts.pop() if counts else None
 
     def __call__(self, fields: Mapping[str, Any], view: str) -> Outputs:
-        logits_MBC = torch.stack([_logits(teacher(fields, view)) for teacher in self.teachers])
+        logits_MBC = torch.stack([teacher.logits(fields, view) for teacher in self.teachers])
         return Outputs(logits=combine(logits_MBC, self.weights.to(logits_MBC.device), self.average))
 
     def to(self, device: torch.device | None = None, memory_format: torch.memory_format | None = None) -> Self:
@@ -60,15 +69,12 @@ class Ensemble(Teacher):
 
 
 def combine(logits_MBC: Tensor, weights: Tensor, average: Literal["logits", "probabilities"]) -> Tensor:
-    """Weighted mean over the members M, as logits [B, C]; `weights` [M] or [M, B], rescaled to sum to 1 over M."""
+    """Weighted mean over the members, as logits [B, C] in float32.
+
+    Weights [M] or [M, B] are rescaled to sum to 1 over M; those of a sample must not all be 0.
+    """
     weights = (weights / weights.sum(0)).reshape(len(weights), -1, 1)
     logits_MBC = logits_MBC.float()
     if average == "logits":
         return (weights * logits_MBC).sum(0)
     return (logits_MBC.log_softmax(-1) + weights.log()).logsumexp(0)
-
-
-def _logits(outputs: Outputs) -> Tensor:
-    if outputs.logits is None:
-        raise UserError("a member of the ensemble gives no logits; leave it out or give it a classifier")
-    return outputs.logits

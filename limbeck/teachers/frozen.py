@@ -18,8 +18,8 @@ class Frozen(Teacher):
     Args:
         model: inputs to logits. It is put in eval mode and its parameters stop requiring gradients.
         taps: names of inner modules whose outputs are wanted too (`outputs.features[name]`).
-        batch_statistics: normalise by the batch's own statistics in BatchNorm layers, as some papers' teachers do
-            (their running statistics still do not move).
+        batch_statistics: normalise by the batch's own statistics in BatchNorm layers, as some papers' teachers do.
+            The model then loses its running statistics: give a copy of it where they are needed elsewhere.
     """
 
     def __init__(self, model: nn.Module, *, taps: Sequence[str] = (), batch_statistics: bool = False) -> None:
@@ -43,7 +43,7 @@ class Frozen(Teacher):
         if device is not None:
             self.model.to(device)
         if memory_format is not None:
-            self.model.to(memory_format=memory_format)
+            self.model.to(memory_format=memory_format)  # type: ignore[call-overload]
         return self
 
     def compile(self) -> None:

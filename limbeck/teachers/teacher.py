@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
+from torch import Tensor
 
+from limbeck.errors import UserError
 from limbeck.models import Outputs
 
 
@@ -22,6 +24,13 @@ class Teacher:
     def __call__(self, fields: Mapping[str, Any], view: str) -> Outputs:
         """Outputs for one stream's batch: `fields[view]` is read by live teachers, `fields["index"]` by stored ones."""
         raise NotImplementedError
+
+    def logits(self, fields: Mapping[str, Any], view: str) -> Tensor:
+        """The logits [B, C] alone. Raises `UserError` for a teacher that gives none."""
+        logits = self(fields, view).logits
+        if logits is None:
+            raise UserError(f"the teacher ({type(self).__name__}) gives no logits; give one that classifies")
+        return logits
 
     def to(self, device: torch.device | None = None, memory_format: torch.memory_format | None = None) -> Self:
         """Move what it holds to a device or memory format, in place."""

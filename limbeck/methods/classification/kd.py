@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import nn
 
+from limbeck.errors import require_positive, require_share
 from limbeck.losses import kl_divergence
 from limbeck.teachers import Teacher
 from limbeck.train import Batch, Losses, Method
@@ -26,12 +27,17 @@ class KD(Method):
         teacher: gives logits [B, C].
         temperature: T > 0. The paper tries 1 to 20; 4 is the setting of the later CIFAR literature.
         alpha: share of the teacher's term in [0, 1]; the paper wants "a considerably lower weight" on the labels.
+
+    Raises:
+        UserError: the temperature is not positive or alpha not in [0, 1].
     """
 
     streams = {"labelled": ("weak", "label")}
 
     def __init__(self, student: nn.Module, teacher: Teacher, *, temperature: float = 4.0, alpha: float = 0.9) -> None:
         super().__init__()
+        require_positive(temperature=temperature)
+        require_share(alpha=alpha)
         self.student, self.teacher = student, teacher
         self.temperature = temperature
         self.weights = {"ce": 1 - alpha, "kd": alpha}
@@ -39,7 +45,7 @@ class KD(Method):
     def training_step(self, batch: Batch) -> Losses:
         labelled = batch["labelled"]
         logits_BC = self.student(labelled["weak"]).float()
-        teacher_BC = self.teacher(labelled, "weak").logits
+        teacher_BC = self.teacher.logits(labelled, "weak")
         return {
             "ce": F.cross_entropy(logits_BC, labelled["label"]),
             "kd": kl_divergence(

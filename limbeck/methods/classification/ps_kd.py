@@ -19,8 +19,10 @@ import torch
 from torch import nn
 
 from limbeck.data import Stream
+from limbeck.errors import require_share
 from limbeck.labels import PredictionTable, mix_targets, one_hot
 from limbeck.losses import soft_cross_entropy
+from limbeck.models import class_count
 from limbeck.train import Batch, Losses, Method
 
 
@@ -31,12 +33,16 @@ class PSKD(Method):
         student: inputs to logits [B, C].
         alpha_final: alpha_T in [0, 1], the weight of the past in the last epoch.
         half_precision_table: keep the past probabilities as float16 (half of N x C x 4 bytes).
+
+    Raises:
+        UserError: alpha_final is not in [0, 1].
     """
 
     streams = {"labelled": ("weak", "label", "index")}
 
     def __init__(self, student: nn.Module, *, alpha_final: float = 0.8, half_precision_table: bool = False) -> None:
         super().__init__()
+        require_share(alpha_final=alpha_final)
         self.student = student
         self.alpha_final = alpha_final
         self.half_precision_table = half_precision_table
@@ -47,7 +53,8 @@ class PSKD(Method):
         labels_N = torch.zeros(int(samples.index.max()) + 1, dtype=torch.long)
         labels_N[samples.index] = samples.labels
         dtype = torch.float16 if self.half_precision_table else torch.float32
-        self.past = PredictionTable(labels_N, samples.num_classes, dtype=dtype)
+        classes = class_count(self.student) or samples.num_classes
+        self.past = PredictionTable(labels_N, classes, dtype=dtype)
 
     def training_step(self, batch: Batch) -> Losses:
         labelled = batch["labelled"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import nn
 
+from limbeck.errors import require_share
 from limbeck.train import Batch, Losses, Method
 
 
@@ -19,12 +20,16 @@ class Supervised(Method):
     Args:
         student: inputs to logits [B, C].
         label_smoothing: s in [0, 1], the share of the target that is spread evenly over all classes.
+
+    Raises:
+        UserError: the label smoothing is not in [0, 1].
     """
 
     streams = {"labelled": ("weak", "label")}
 
     def __init__(self, student: nn.Module, *, label_smoothing: float = 0.0) -> None:
         super().__init__()
+        require_share(label_smoothing=label_smoothing)
         self.student = student
         self.label_smoothing = label_smoothing
 

@@ -5,7 +5,8 @@ Kang et al.: Simple Semi-supervised Knowledge Distillation from Vision-Language 
 
 With h = backbone(x), a = ce_head(h), b = kd_head(h) and teacher logits t, on labelled (l) and unlabelled (u) images:
 
-    L = lambda CE(a_l, y) + (1 - lambda) (KD(b_l, t_l) + KD(b_u, t_u)),   KD(b, t) = T^2 KL(softmax(t/T) || softmax(b/T))
+    L = lambda CE(a_l, y) + (1 - lambda) (KD(b_l, t_l) + KD(b_u, t_u))
+    KD(b, t) = T^2 KL(softmax(t / T) || softmax(b / T))
     p = alpha softmax(a) + (1 - alpha) softmax(b / beta)                  (inference)
 
 Both heads' gradients reach the backbone, but neither head sees the other's target, so the two cannot fight in it.
@@ -20,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from limbeck.errors import UserError
+from limbeck.errors import UserError, require_positive, require_share
 from limbeck.losses import kl_divergence
 from limbeck.models import split_head
 from limbeck.teachers import Teacher
@@ -59,7 +60,7 @@ class TwoHeads(nn.Module):
 
 
 def mix(a_BC: Tensor, b_BC: Tensor, alpha: Tensor | float, beta: Tensor | float) -> Tensor:
-    """log(alpha softmax(a) + (1 - alpha) softmax(b / beta)): probabilities are mixed, beta sharpens the teacher's head only."""
+    """log(alpha softmax(a) + (1 - alpha) softmax(b / beta)): probabilities are mixed, only b is sharpened."""
     p_BC = alpha * a_BC.float().softmax(-1) + (1 - alpha) * (b_BC.float() / beta).softmax(-1)
     return p_BC.clamp(min=torch.finfo(p_BC.dtype).tiny).log()
 
@@ -68,21 +69,28 @@ class DHO(Method):
     """Few labels, many unlabelled images and a frozen teacher, without a tug-of-war over one head.
 
     `alpha` and `beta` are chosen by accuracy on the validation data before each evaluation, over the paper's grid; give
-    numbers to fix them (the paper on ImageNet: 0.4 zero-shot or 0.2 few-shot teacher, 0.5 with 1 % of labels; beta 0.5).
+    numbers to fix them (on ImageNet the paper takes alpha 0.4 with a zero-shot teacher, 0.2 with a few-shot one, 0.5
+    with 1 % or 10 % of the labels, and beta 0.5).
 
     Args:
-        student: inputs to logits [B, C]; its last linear layer becomes the head for the labels, and the teacher's head
-            is a new one of the same shape.
+        student: inputs to logits [B, C]; it is taken apart in place: its last linear layer becomes the head for the
+            labels, and the teacher's head is a new one of the same shape.
         teacher: gives logits [B, C] (CLIP: 100 x cosine similarity).
         temperature: T > 0.
         ce_weight: lambda in [0, 1].
-        heads: 2, or 1 for the single-head baseline of the same loss.
+        heads: 2, or 1 for the single-head baseline of the same loss; then kd_head, alpha and beta mean nothing.
         kd_head: `linear`, or `cosine` for a CLIP-like student.
         class_embeddings: text embeddings [C, D] that both heads start from, with zero bias.
         joint_forward: labelled and unlabelled images in one batch (CLIP-like students) instead of one after the other.
         alpha, beta: None to choose them on validation data.
         measure_conflict: log the cosine between both losses' gradients on the backbone at each epoch's first step.
+
+    Raises:
+        UserError: a setting is out of its range, alpha and beta are not given together, class embeddings do not fit the
+            heads, or the student has no final linear layer.
     """
+
+    student: TwoHeads
 
     streams = {"labelled": ("weak", "label"), "unlabelled": ("weak",)}
     epoch_stream = "unlabelled"  # the official loop stops at the shorter stream: with few labels, after a few steps
@@ -103,6 +111,8 @@ class DHO(Method):
         measure_conflict: bool = False,
     ) -> None:
         super().__init__()
+        require_positive(temperature=temperature)
+        require_share(ce_weight=ce_weight)
         if (alpha is None) != (beta is None):
             raise UserError(f"alpha and beta are fixed or chosen together; got alpha={alpha}, beta={beta}")
         backbone, ce_head = split_head(student)
@@ -110,9 +120,7 @@ class DHO(Method):
         second = kind(ce_head.in_features, ce_head.out_features) if heads == 2 else ce_head
         self.student = TwoHeads(backbone, ce_head, second)
         if class_embeddings is not None:
-            for head in (ce_head, second):
-                head.weight.data.copy_(class_embeddings)
-                head.bias.data.zero_()
+            start_heads((ce_head, second), class_embeddings)
         self.teacher = teacher
         self.temperature, self.joint_forward, self.measure_conflict = temperature, joint_forward, measure_conflict
         self.weights = {"ce": ce_weight, "kd_labelled": 1 - ce_weight, "kd_unlabelled": 1 - ce_weight}
@@ -143,7 +151,7 @@ class DHO(Method):
     def _kd(self, features: Tensor, fields: Fields) -> Tensor:
         return kl_divergence(
             self.student.kd_head(features),
-            self.teacher(fields, "weak").logits,
+            self.teacher.logits(fields, "weak"),
             temperature=self.temperature,
             scale_by_t2=True,
             reduction="batchmean",
@@ -154,7 +162,8 @@ class DHO(Method):
         weights = [p for p in self.student.backbone.parameters() if p.requires_grad]
         pulls = []
         for loss in (losses["ce"], losses["kd_labelled"] + losses["kd_unlabelled"]):
-            gradients = torch.autograd.grad(loss, weights, retain_graph=True)
+            # A layer that the student holds but does not use (a pooler) counts as zero.
+            gradients = torch.autograd.grad(loss, weights, retain_graph=True, materialize_grads=True)
             pulls.append(torch.cat([gradient.flatten() for gradient in gradients]))
         return F.cosine_similarity(pulls[0], pulls[1], dim=0)
 
@@ -165,7 +174,7 @@ class DHO(Method):
             return
         heads, labels = [], []
         for fields in validation:
-            features_BD = self.student.backbone(fields["image"])
+            features_BD = self.student.backbone(fields["weak"])
             heads.append((self.student.ce_head(features_BD), self.student.kd_head(features_BD)))
             labels.append(fields["label"])
         if not heads:
@@ -176,8 +185,20 @@ class DHO(Method):
         self.student.beta.copy_(beta)
 
 
-def best_mix(a_NC: Tensor, b_NC: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
-    """The first pair (alpha, beta) of the grid with the highest accuracy; (0, 1) when nothing beats it."""
-    pairs = [(0.0, 1.0), *((alpha, beta) for beta in BETAS for alpha in ALPHAS)]
-    right = torch.stack([(mix(a_NC, b_NC, *pair).argmax(-1) == labels_N).sum() for pair in pairs])
-    return tuple(torch.tensor(pairs)[right.argmax().cpu()])  # argmax gives the first of equal maxima
+def best_mix(a_NC: Tensor, b_NC: Tensor, labels_N: Tensor) -> Tensor:
+    """The pair (alpha, beta) of the grid with the highest accuracy, float32 [2]; of equal ones the first, as above."""
+    pairs_P2 = torch.tensor([(alpha, beta) for beta in BETAS for alpha in ALPHAS], device=a_NC.device)
+    right_P = torch.stack([(mix(a_NC, b_NC, *pair).argmax(-1) == labels_N).sum() for pair in pairs_P2])
+    return pairs_P2[right_P.argmax()]  # argmax gives the first of equal maxima
+
+
+def start_heads(heads: Iterable[nn.Linear], class_embeddings_CD: Tensor) -> None:
+    """Let each head start from the embeddings of the classes' names, with zero bias."""
+    for head in heads:
+        if class_embeddings_CD.shape != head.weight.shape:
+            raise UserError(
+                f"class_embeddings has shape {list(class_embeddings_CD.shape)}, but the heads have [classes, width] = "
+                f"{list(head.weight.shape)}; give one row a class"
+            )
+        head.weight.data.copy_(class_embeddings_CD)
+        head.bias.data.zero_()

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from limbeck.errors import require_share
 from limbeck.labels import DistributionAlignment, hard, one_hot
 from limbeck.losses import soft_cross_entropy
-from limbeck.models import class_count
+from limbeck.models import find_head
 from limbeck.teachers import EMA
 from limbeck.train import Batch, Losses, Method
 
@@ -34,8 +35,11 @@ class FixMatch(Method):
         threshold: tau in [0, 1].
         unlabelled_weight: lambda_u.
         target: train strong views on the `hard` argmax (the paper) or on the whole `soft` distribution.
-        align: divide p by its running mean over batches and renormalise (distribution alignment).
+        align: divide p by its mean over the last 32 batches and renormalise (distribution alignment).
         ema_decay: of the averaged weights that are evaluated and shipped.
+
+    Raises:
+        UserError: the threshold is not in [0, 1], or with `align` the student has no final linear layer.
     """
 
     streams = {"labelled": ("weak", "label"), "unlabelled": ("weak", "strong")}
@@ -52,12 +56,13 @@ class FixMatch(Method):
         ema_decay: float = 0.999,
     ) -> None:
         super().__init__()
+        require_share(threshold=threshold)
         self.student = student
         self.ema = EMA(student, ema_decay)
         self.threshold = threshold
         self.weights = {"unlabelled": unlabelled_weight}
         self.target = target
-        self.alignment = DistributionAlignment(class_count(student)) if align else None
+        self.alignment = DistributionAlignment(find_head(student)[1].out_features) if align else None
 
     def training_step(self, batch: Batch) -> Losses:
         labelled, unlabelled = batch["labelled"], batch["unlabelled"]
