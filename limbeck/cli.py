@@ -186,7 +186,9 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     one = add("show", show, "print a system's card")
     one.add_argument("slug")
 
-    one = add("run", run, "train a student by a recipe; further --key value pairs set keys of the recipe", add_help=False)
+    one = add(
+        "run", run, "train a student by a recipe; further --key value pairs set keys of the recipe", add_help=False
+    )
     one.add_argument("recipe", help="slug of a system, or a YAML file")
     one.add_argument("--workspace", help="folder of the run (default runs/<recipe>); a broken run goes on there")
     one.add_argument("--allow-imports", action="store_true", help="let the recipe name code from outside Limbeck")

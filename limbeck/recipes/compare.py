@@ -13,10 +13,10 @@ import yaml
 from limbeck import catalog
 from limbeck.data import Data
 from limbeck.errors import UserError
-from limbeck.evaluate import Comparison, predict, reliability
+from limbeck.evaluate import Comparison
 from limbeck.recipes import recipe as recipes
 from limbeck.recipes.data import describe
-from limbeck.recipes.run import Result, run
+from limbeck.recipes.run import Result, calibration, run
 from limbeck.report import write_report
 from limbeck.train.checkpoint import write_text
 from limbeck.train.logs import Row
@@ -83,7 +83,7 @@ def measure(
             rows[arm].append({**result.metrics, **_logged(result)})
             if seed == seeds[0]:
                 page.curves[arm] = result.fit.train + result.fit.validation
-                page.predictions[arm] = reliability(*predict(result.student, result.data.test))
+                page.predictions[arm] = calibration(result)
                 page.data = result.data
             say(f"{arm}, seed {seed}: accuracy {100 * result.metrics['accuracy']:.1f} %, {result.fit.seconds:.0f} s")
     assert page.data is not None

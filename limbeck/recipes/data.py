@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from limbeck.data import Data, Samples, load_data
+from limbeck.data import Data, Samples, load_data, tokenize
 from limbeck.data.splits import noisy_labels, split_labels
 from limbeck.errors import UserError
 
@@ -29,13 +29,50 @@ def harder(data: Data, *, label_noise: float = 0.0, hidden_labels: bool = False,
     return replace(data, train=train)
 
 
+def tokenized(data: Data, *, tokenizer: str | None = None, max_length: int = 128) -> Data:
+    """Give samples with texts the field `tokens`.
+
+    Args:
+        tokenizer: folder or hub id of a transformers tokenizer; needed for data sets of texts.
+        max_length: tokens behind it are cut off.
+    """
+    if "text" not in data.test.fields:
+        return data
+    if tokenizer is None:
+        raise UserError(f"{data.name} holds texts; say which tokenizer reads them: data.tokenizer=<folder or hub id>")
+    from transformers import AutoTokenizer
+
+    try:
+        reader = AutoTokenizer.from_pretrained(tokenizer)
+    except (OSError, ValueError) as error:
+        raise UserError(f"there is no tokenizer '{tokenizer}' ({str(error).splitlines()[0]})") from error
+
+    def read(split: Samples | None) -> Samples | None:
+        return None if split is None else tokenize(split, reader, max_length)
+
+    train, test = tokenize(data.train, reader, max_length), tokenize(data.test, reader, max_length)
+    return replace(data, train=train, test=test, validation=read(data.validation), unlabelled=read(data.unlabelled))
+
+
+def input_field(samples: Samples) -> str:
+    """What a model reads of these samples: `image`, `tokens` or `features`."""
+    for name in ("image", "tokens", "features"):
+        if name in samples.fields:
+            return name
+    raise UserError(
+        f"these samples have no image, tokens or features for a model to read, only {', '.join(samples.fields)}"
+    )
+
+
 def prepare_data(settings: Mapping[str, Any], seed: int) -> Data:
     """Load the data of a recipe, make it harder, and take labels away."""
     settings = dict(settings)
     labels = {name: settings.pop(name, None) for name in ("labels_per_class", "labelled_fraction")}
     keep = settings.pop("keep_labelled_in_unlabelled", True)
     changes = {name: settings.pop(name) for name in ("label_noise", "hidden_labels") if name in settings}
-    data = harder(load_data(settings.pop("name_or_path"), **settings, seed=seed), **changes, seed=seed)
+    tokens = {name: settings.pop(name) for name in ("tokenizer", "max_length") if name in settings}
+    data = tokenized(load_data(settings.pop("name_or_path"), **settings, seed=seed), **tokens)
+    data = harder(data, **changes, seed=seed)
     if all(value is None for value in labels.values()):
         return data
     labelled, unlabelled = split_labels(data.train, **labels, keep_labelled_in_unlabelled=keep, seed=seed)
@@ -59,7 +96,9 @@ def stream_samples(data: Data, stream: str) -> Samples:
                 "data.labels_per_class or data.labelled_fraction, or add an 'unlabelled' split"
             )
         return data.unlabelled
-    raise UserError(f"no samples are known for the stream '{stream}'; pass streams={{'{stream}': Stream(...)}} from Python")
+    raise UserError(
+        f"no samples are known for the stream '{stream}'; pass streams={{'{stream}': Stream(...)}} from Python"
+    )
 
 
 def as_data(data: Any, seed: int) -> Data:
@@ -67,7 +106,7 @@ def as_data(data: Any, seed: int) -> Data:
     return data if isinstance(data, Data) else load_data(data, seed=seed)
 
 
-def example_of(samples: Samples, field: str = "image", rows: int = 1) -> Any:
+def example_of(samples: Samples, rows: int = 1) -> Any:
     """The first samples as a model reads them: [rows, ...]."""
-    value = samples.batch(torch.arange(rows))[field]
+    value = samples.batch(torch.arange(rows))[input_field(samples)]
     return value.float() / 255 if isinstance(value, torch.Tensor) and value.dtype == torch.uint8 else value

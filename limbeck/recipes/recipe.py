@@ -12,9 +12,9 @@ import difflib
 import inspect
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 
@@ -65,7 +65,9 @@ def read(recipe: str | Path | Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{name} is no mapping of sections ({', '.join(SECTIONS)})")
     for key in content:
         if key not in SECTIONS:
-            raise UserError(f"{name} has the unknown section '{key}'{nearest(key, SECTIONS)}; it may have {', '.join(SECTIONS)}")
+            raise UserError(
+                f"{name} has the unknown section '{key}'{nearest(key, SECTIONS)}; it may have {', '.join(SECTIONS)}"
+            )
     if "method" not in content:
         raise UserError(f"{name} names no method; add a line such as 'method: kd'")
     if isinstance(content["method"], str):
@@ -191,15 +193,16 @@ def parser_of(method: Any) -> Any:
 
     from limbeck.data import load_data
     from limbeck.models import load_model
-    from limbeck.recipes.data import NOT_IN_RECIPES, harder
+    from limbeck.recipes.data import NOT_IN_RECIPES, harder, tokenized
     from limbeck.train import Trainer
 
     parser = ArgumentParser(prog="limbeck run", exit_on_error=False, default_env=False)
     parser.add_argument("--seed", type=int, default=0, help="of splits, initial weights, order and views")
     parser.add_argument("--method.name", type=str, required=True, help="slug of the system")
-    parser.add_class_arguments(method, "method", skip={"student", "teacher"}, as_group=True)
-    parser.add_function_arguments(load_data, "data", skip=NOT_IN_RECIPES)
-    parser.add_function_arguments(harder, "data", skip={"data", "seed"})
+    parser.add_class_arguments(method, "method", skip={"student", "teacher"}, instantiate=False)
+    parser.add_function_arguments(load_data, "data", skip={*NOT_IN_RECIPES})
+    parser.add_function_arguments(harder, "data", as_group=False, skip={"data", "seed"})
+    parser.add_function_arguments(tokenized, "data", as_group=False, skip={"data"})
     parser.add_function_arguments(load_model, "student")
     if "teacher" in inspect.signature(method).parameters:
         parser.add_function_arguments(load_model, "teacher")
@@ -210,7 +213,7 @@ def parser_of(method: Any) -> Any:
 
 
 def parse(recipe: Mapping[str, Any], allow_imports: bool = False) -> tuple[Any, Any]:
-    """The method's class and the checked settings of a recipe (without its claim).
+    """The method's class and the checked settings of a recipe (without its claim), with `Trainer` and streams built.
 
     Raises:
         UserError: a key is unknown (with the nearest one), a value has the wrong type, or foreign code is named.
@@ -223,7 +226,7 @@ def parse(recipe: Mapping[str, Any], allow_imports: bool = False) -> tuple[Any, 
     from jsonargparse import ArgumentError
 
     try:
-        return method, parser.parse_object(settings, defaults=True)
+        return method, parser.instantiate(parser.parse_object(settings, defaults=True))
     except (ArgumentError, TypeError, KeyError) as error:
         raise UserError(f"the recipe does not fit: {_one_line(error)}") from None
 
@@ -244,27 +247,36 @@ def expand(value: Any) -> Any:
 
 def _check_keys(settings: Mapping[str, Any], parser: Any) -> None:
     """Name an unknown key in our own words, with the nearest known one."""
-    known = {action.dest for action in parser._actions}
+    kinds = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
     for section, content in settings.items():
-        inside = sorted(name.removeprefix(f"{section}.") for name in known if name.startswith(f"{section}."))
-        if section not in known and not inside:
-            raise UserError(f"the method {settings['method']['name']} has no use for the section '{section}'; remove it")
-        if not isinstance(content, Mapping):
-            continue
-        _check_section(section, content, inside)
+        inside = {n.removeprefix(f"{section}."): kind for n, kind in kinds.items() if n.startswith(f"{section}.")}
+        if section not in kinds and not inside:
+            raise UserError(
+                f"the method {settings['method']['name']} has no use for the section '{section}'; remove it"
+            )
+        if isinstance(content, Mapping):
+            _check_section(section, content, inside)
 
 
-def _check_section(section: str, content: Mapping[str, Any], inside: Sequence[str]) -> None:
-    first = {name.split(".")[0] for name in inside}
+def _check_section(section: str, content: Mapping[str, Any], inside: Mapping[str, Any]) -> None:
+    first = sorted({name.split(".")[0] for name in inside})
     for key, value in content.items():
         if key not in first:
             raise UserError(
-                f"unknown key '{section}.{key}' in the recipe{nearest(str(key), sorted(first))}; "
-                f"{section} has {', '.join(sorted(first))}"
+                f"unknown key '{section}.{key}' in the recipe{nearest(str(key), first)}; "
+                f"{section} has {', '.join(first)}"
             )
-        if key not in inside and isinstance(value, Mapping):
-            deeper = [name.removeprefix(f"{key}.") for name in inside if name.startswith(f"{key}.")]
-            _check_section(f"{section}.{key}", value, deeper)
+        if isinstance(value, Mapping):
+            deeper = {n.removeprefix(f"{key}."): kind for n, kind in inside.items() if n.startswith(f"{key}.")}
+            deeper |= dict.fromkeys(_settings_of(inside.get(key)))
+            if deeper:
+                _check_section(f"{section}.{key}", value, deeper)
+
+
+def _settings_of(kind: Any) -> list[str]:
+    """The field names of a dataclass, or of the one in a union with None; nothing for free-form mappings."""
+    found = [each for each in (kind, *get_args(kind)) if is_dataclass(each)]
+    return [each.name for each in fields(found[0])] if found else []
 
 
 def nearest(word: str, words: Sequence[str]) -> str:

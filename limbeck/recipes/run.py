@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from limbeck import catalog
-from limbeck.data import Data, Samples, Stream
+from limbeck.data import Data, Stream
 from limbeck.data.views import make_view
 from limbeck.distributed import rank
 from limbeck.errors import UserError
-from limbeck.evaluate import ClassificationEvaluator, Comparison, predict, reliability
+from limbeck.evaluate import ClassificationEvaluator, Comparison, Reliability, predict, reliability
 from limbeck.models import export_model, load_model, measure_cost, save_model
 from limbeck.recipes import recipe as recipes
-from limbeck.recipes.data import as_data, describe, example_of, prepare_data, stream_samples
+from limbeck.recipes.data import as_data, describe, example_of, input_field, prepare_data, stream_samples
 from limbeck.recipes.recipe import StreamSettings
 from limbeck.report import write_report
 from limbeck.teachers import Frozen, Teacher
@@ -71,7 +71,7 @@ def run(
     content.setdefault("seed", 0)
     method, parsed = recipes.parse(content, allow_imports)
     name = recipe if isinstance(recipe, str | Path) else content["method"]["name"]
-    trainer = _trainer(parsed, progress)
+    trainer = replace(parsed.trainer, seed=parsed.seed, progress=progress)
     fabric = trainer.fabric()
     ws = _workspace(workspace or Path("runs") / Path(name).stem, content, parsed.seed, fabric)
     data = prepare_data(_plain(parsed.data), parsed.seed)
@@ -81,7 +81,7 @@ def run(
         teacher = Frozen(_model(parsed.teacher, data, allow_imports, teacher=True))
     seed_everything(parsed.seed, "student")
     student = _model(parsed.student, data, allow_imports, teacher=False)
-    streams = {name: StreamSettings(**_plain(value)) for name, value in _items(parsed.streams)}
+    streams = vars(parsed.streams)
     return _train(ws, method, arguments, data, student, teacher, streams, trainer, content, report)
 
 
@@ -149,15 +149,16 @@ def _train(
 ) -> Result:
     given = {"teacher": teacher} if teacher is not None else {}
     try:
-        method = kind(student, **given, **arguments)  # type: ignore[call-arg, misc]
+        method = kind(student, **given, **arguments)  # type: ignore[call-arg]
     except TypeError as error:
         raise UserError(f"{kind.__name__} cannot be built: {error}") from error
     streams = {name: _stream(data, name, setting) for name, setting in settings.items()}
-    method = ws.fit("student", method, streams, trainer, validation=data.validation)
+    evaluator = ClassificationEvaluator(field=input_field(data.test))
+    method = ws.fit("student", method, streams, trainer, validation=data.validation, evaluator=evaluator)
     shipped = method.shipped().cpu().eval()
     result = Result(shipped, method, {}, {}, ws.fits["student"], data, ws.path, config)
     result.logged = _means(result.fit)
-    result.metrics = _measure(ws, shipped, data, result.fit)
+    result.metrics = _measure(ws, shipped, data, result.fit, evaluator)
     if rank() == 0:
         save_model(shipped, ws.path / "student")
         if report:
@@ -173,19 +174,27 @@ def _write_report(result: Result) -> None:
         title=f"{name} on {result.data.name}",
         comparison=Comparison({name: [result.metrics]}, [result.config["seed"]], data=describe(result.data)),
         curves={name: result.fit.train + result.fit.validation},
-        reliability={name: reliability(*predict(result.student, result.data.test))},
+        reliability={name: calibration(result)},
         configuration=yaml.safe_dump(result.config, sort_keys=False),
     )
 
 
-def _measure(ws: Workspace, shipped: nn.Module, data: Data, fit: Fit) -> dict[str, float]:
+def calibration(result: Result) -> Reliability:
+    """The reliability diagram of a run's student on the test data."""
+    test = result.data.test
+    return reliability(*predict(result.student, test, field=input_field(test)))
+
+
+def _measure(
+    ws: Workspace, shipped: nn.Module, data: Data, fit: Fit, evaluator: ClassificationEvaluator
+) -> dict[str, float]:
     """Test metrics and costs, measured once for each workspace."""
     file = ws.path / "result.json"
     if file.exists():
         return json.loads(file.read_text())
     cost = measure_cost(shipped, example_of(data.test))
     metrics = {
-        **ClassificationEvaluator()(shipped, data.test),
+        **evaluator(shipped, data.test),
         "parameters": cost.parameters,
         "flops": cost.flops,
         "latency_ms": cost.latency_ms,
@@ -198,7 +207,9 @@ def _measure(ws: Workspace, shipped: nn.Module, data: Data, fit: Fit) -> dict[st
     return metrics
 
 
-def export(workspace: str | Path, formats: tuple[str, ...] = ("safetensors", "torch_export", "onnx")) -> dict[str, Path]:
+def export(
+    workspace: str | Path, formats: tuple[str, ...] = ("safetensors", "torch_export", "onnx")
+) -> dict[str, Path]:
     """Write the student of a finished run as files to deploy, below `<workspace>/export`.
 
     The ONNX file is run by onnxruntime and compared with PyTorch before this returns. A student that was trained from
@@ -206,7 +217,7 @@ def export(workspace: str | Path, formats: tuple[str, ...] = ("safetensors", "to
     """
     folder = Path(workspace)
     student, data = restore(folder)
-    example = example_of(data.test.select(range(min(4, len(data.test)))), rows=4)
+    example = example_of(data.test, rows=min(4, len(data.test)))
     return export_model(student, folder / "export", example, formats=formats)
 
 
@@ -222,16 +233,21 @@ def restore(workspace: str | Path) -> tuple[nn.Module, Data]:
 
 
 def _workspace(path: str | Path, config: dict[str, Any], seed: int, fabric: Any) -> Workspace:
-    return Workspace(path, config, seed=seed, evaluator=ClassificationEvaluator(), fabric=fabric)
+    return Workspace(path, config, seed=seed, fabric=fabric)
 
 
 def _stream(data: Data, name: str, settings: StreamSettings) -> Stream:
-    views = {}
+    samples, views = stream_samples(data, name), {}
     for view, spec in settings.views.items():
         arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
         views[view] = make_view(arguments.pop("name"), **arguments)
     return Stream(
-        stream_samples(data, name), settings.batch_size, views, cycle=settings.cycle, workers=settings.workers
+        samples,
+        settings.batch_size,
+        views,
+        cycle=settings.cycle,
+        workers=settings.workers,
+        view_field=input_field(samples),
     )
 
 
@@ -250,37 +266,17 @@ def _model(settings: Any, data: Data, allow_imports: bool, *, teacher: bool) -> 
     return load_model(name, **({} if pretrained else _shape(data)), **arguments)
 
 
-def _shape(data: Data) -> dict[str, int]:
+def _shape(data: Data) -> dict[str, Any]:
     """What a network must know of the data, as arguments of `load_model`."""
     example = example_of(data.test)
     shape = {"num_classes": data.num_classes}
-    return {**shape, "in_channels": example.shape[1], "image_size": example.shape[-1]} if example.ndim == 4 else shape
-
-
-def _trainer(parsed: Any, progress: bool) -> Trainer:
-    return replace(_instance(parsed.trainer), seed=parsed.seed, progress=progress)
-
-
-def _instance(settings: Any) -> Trainer:
-    from limbeck.train import EarlyStop, Optimizer, Schedule
-
-    values = _plain(settings)
-    if isinstance(values.get("early_stop"), dict):
-        values["early_stop"] = EarlyStop(**values["early_stop"])
-    values["optimizer"] = Optimizer(**values["optimizer"])
-    values["optimizers"] = {
-        part: value if isinstance(value, Optimizer) else Optimizer(**value) for part, value in values["optimizers"].items()
-    }
-    values["schedule"] = Schedule(**values["schedule"])
-    return Trainer(**values)
+    if not isinstance(example, Tensor):
+        return shape
+    return {**shape, "in_channels": example.shape[1], "image_size": example.shape[-1] if example.ndim == 4 else 1}
 
 
 def _plain(namespace: Any) -> dict[str, Any]:
     return namespace.as_dict() if hasattr(namespace, "as_dict") else dict(namespace)
-
-
-def _items(namespace: Any) -> list[tuple[str, Any]]:
-    return list(vars(namespace).items())
 
 
 def _means(fit: Fit) -> dict[str, float]:

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from limbeck.errors import UserError
@@ -103,6 +103,9 @@ def cost_plot(comparison: Comparison, metric: str, cost: str) -> Figure:
         )  # fmt: skip
     if min(costs) > 0 and max(costs) / min(costs) >= 10:
         axes.set_xscale("log")
+        # Few round labels: matplotlib's own minor labels run into each other on a short axis.
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
     if not horizontal.unit:
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.12, y=0.15)

@@ -27,7 +27,7 @@ def comparison():
         seeds=[0, 1, 2],
         slug="dho",
         expectations=["dho.accuracy > supervised.accuracy + 0.01", "dho.ece < supervised.ece"],
-        data={"name": "digits", "where": "/home/someone/digits"},
+        data={"name": "digits", "where": "/srv/sets/digits"},
         seconds=12.3456789,
     )
 
@@ -156,7 +156,7 @@ def test_json_survives_the_round_trip_with_its_verdicts(comparison):
 
 def test_json_holds_rounded_floats_whole_numbers_and_no_paths():
     arms = {"a": [{"accuracy": 1 / 3, "parameters": 12345678}]}
-    text = Comparison(arms, [0], data={"where": "/home/someone/digits", "also": ["C:\\data\\set"]}).to_json()
+    text = Comparison(arms, [0], data={"where": "/srv/sets/digits", "also": ["C:\\data\\set"]}).to_json()
     content = json.loads(text)
     assert content["arms"]["a"] == [{"accuracy": 0.333333, "parameters": 12345678}]
     assert content["data"] == {"where": "digits", "also": ["set"]}
