@@ -75,9 +75,7 @@ def systems(root: Path | None = None) -> list[System]:
     cards: dict[str, Path] = {}
     for each in found:
         if each.slug in cards:
-            raise _defect(
-                each.card, f"has the slug '{each.slug}', as {_short(cards[each.slug])} has; rename one"
-            )
+            raise _defect(each.card, f"has the slug '{each.slug}', as {_short(cards[each.slug])} has; rename one")
         cards[each.slug] = each.card
     return sorted(found, key=lambda each: (each.family, each.slug))
 
@@ -88,9 +86,7 @@ def system(slug: str, root: Path | None = None) -> System:
     for each in every:
         if each.slug == slug:
             return each
-    raise UserError(
-        f"There is no system '{slug}'{_nearest(slug, every)}; `limbeck methods` lists all of them."
-    )
+    raise UserError(f"There is no system '{slug}'{_nearest(slug, every)}; `limbeck methods` lists all of them.")
 
 
 def find(
@@ -184,9 +180,7 @@ def _read(path: Path) -> System:
         raise _defect(path, f"has the unknown key '{unknown[0]}' in its front matter; correct or remove it")
     if module_name(values["slug"]) != path.stem:
         belongs = f"{module_name(values['slug'])}.md"
-        raise _defect(
-            path, f"has the slug '{values['slug']}', which belongs into {belongs}; rename one of them"
-        )
+        raise _defect(path, f"has the slug '{values['slug']}', which belongs into {belongs}; rename one of them")
     year, reference = values.pop("year"), values.pop("reference", "false")
     if not year.isdecimal():
         raise _defect(path, f"has the year '{year}'; write four digits")
@@ -219,9 +213,7 @@ def _parse(path: Path, front: str) -> dict[str, str]:
             continue
         key, colon, value = line.partition(":")
         if not colon or key != key.strip() or key in values:
-            raise _defect(
-                path, f"has the line '{line}' in its front matter; write 'key: value', each key once"
-            )
+            raise _defect(path, f"has the line '{line}' in its front matter; write 'key: value', each key once")
         values[key] = _value(path, key, value.strip())
     return values
 

@@ -154,9 +154,7 @@ def test_the_table_tells_measured_from_unmeasured_claims(root, tmp_path):
     claims = [claim(), claim(holds=False, p=None, difference=-0.1)]
     (results / "dho.json").write_text(json.dumps({"claims": claims}))
     kd, dho, fourd = catalog.table_markdown(root, results, base=root).splitlines()[2:]
-    assert dho.startswith(
-        "| [dho](few_labels/dho.md) | DHO | classification, multimodal | frozen | few | 1 of 2 |"
-    )
+    assert dho.startswith("| [dho](few_labels/dho.md) | DHO | classification, multimodal | frozen | few | 1 of 2 |")
     assert "+0.0523 (5 of 5 seeds, p = 0.0031)" in dho and "-0.1 (5 of 5 seeds)" in dho
     assert "| reference |" in kd
     assert "| not measured |" in fourd

@@ -51,15 +51,10 @@ def repository_files() -> list[Path]:
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"], cwd=ROOT, capture_output=True
     )
     if listed.returncode == 0:
-        return [
-            ROOT / name for name in os.fsdecode(listed.stdout).split("\0") if name and (ROOT / name).is_file()
-        ]
+        return [ROOT / name for name in os.fsdecode(listed.stdout).split("\0") if name and (ROOT / name).is_file()]
     folders = [ROOT / name for name in ("limbeck", "tests", "benchmarks", "results")]
     return [
-        path
-        for folder in folders
-        for path in folder.rglob("*")
-        if path.is_file() and "__pycache__" not in str(path)
+        path for folder in folders for path in folder.rglob("*") if path.is_file() and "__pycache__" not in str(path)
     ]
 
 
@@ -149,9 +144,7 @@ def test_no_file_names_a_path_of_one_machine_or_a_package_registry() -> None:
 
 def test_every_import_of_the_package_is_declared() -> None:
     owners = packages_distributions()
-    declared = names_of(
-        [*PROJECT["dependencies"], *(r for e in PROJECT["optional-dependencies"].values() for r in e)]
-    )
+    declared = names_of([*PROJECT["dependencies"], *(r for e in PROJECT["optional-dependencies"].values() for r in e)])
     undeclared = []
     for path in PACKAGE.rglob("*.py"):
         for name in imports_of(path):

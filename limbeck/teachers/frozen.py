@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.models import Outputs, Taps, class_count
+from limbeck.models.compiled import compile_in_place
 from limbeck.teachers.teacher import Teacher
 
 
@@ -47,4 +48,4 @@ class Frozen(Teacher):
         return self
 
     def compile(self) -> None:
-        self.model.compile()
+        compile_in_place(self.model)

@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,21 +25,35 @@ def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     Raises:
         UserError: the file could not be written; what stood there before still stands.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        refused = _refused_by_the_system(error)
+        if refused is None:
+            raise
         kept = "what was saved there before is kept" if path.exists() else "nothing was there before"
-        raise UserError(f"could not save {path} ({error}); {kept}: make room on the disk and run again") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        raise UserError(f"could not save {path} ({refused}); {kept}: make room on the disk and run again") from error
+
+
+def remove_partial(path: Path) -> None:
+    """Delete what killed processes left of `write_whole`s of this file; nobody may be writing it."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        left.unlink(missing_ok=True)
+
+
+def _refused_by_the_system(error: BaseException | None) -> OSError | None:
+    """The OSError behind an error: torch.save answers a full disk with a RuntimeError about positions in its file."""
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -55,8 +70,13 @@ def load_state(path: Path) -> dict[str, Any]:
     """Load what `save_state` saved; never runs code from the file."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
     except Exception as error:  # a foreign or damaged file can fail anywhere inside the reader
-        raise UserError(f"{path} is no checkpoint of Limbeck's ({error}); delete it to start this stage anew") from error
+        # Not torch's own words: they advise to read the file again with `weights_only=False`, which runs its code.
+        raise UserError(
+            f"{path} is damaged or no checkpoint of Limbeck's; delete it to start this stage anew"
+        ) from error
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -70,7 +90,9 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is no safetensors file ({error}); convert it with safetensors.torch.save_file") from error
+        raise UserError(
+            f"{path} is damaged or no safetensors file ({error}); convert it with safetensors.torch.save_file"
+        ) from error
 
 
 def random_state() -> dict[str, Any]:

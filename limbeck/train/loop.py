@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from limbeck.data import Samples, Stream
-from limbeck.distributed import rank, world_size
+from limbeck.data import Identity, Samples, Stream
+from limbeck.distributed import gather, rank, world_size
 from limbeck.errors import UserError
 from limbeck.models import convert_sync_batchnorm
+from limbeck.models.compiled import compile_in_place
 from limbeck.teachers import EMA
 from limbeck.train.checkpoint import (
     load_state,
     load_tensors,
     random_state,
+    remove_partial,
     save_state,
     save_tensors,
     seed_everything,
@@ -37,7 +40,7 @@ SECONDS_BETWEEN_CHECKPOINTS = 30.0
 
 
 class NonFiniteLoss(UserError):
-    """A loss term became NaN or infinite."""
+    """A loss term, or a weight by a bad gradient, became NaN or infinite."""
 
 
 @dataclass
@@ -75,9 +78,18 @@ def fit(
 
     Raises:
         UserError: method, streams and trainer do not fit each other; a checkpoint belongs to something else.
-        NonFiniteLoss: a loss term is NaN or infinite; the last good checkpoint is kept.
+        NonFiniteLoss: a loss term or a weight is NaN or infinite; the last good checkpoint is kept.
     """
-    loop = Loop(method, streams, trainer, validation, evaluator, Path(folder) if folder else None, name, fabric)
+    loop = Loop(
+        method,
+        streams,
+        trainer,
+        validation=validation,
+        evaluator=evaluator,
+        folder=Path(folder) if folder else None,
+        name=name,
+        fabric=fabric,
+    )
     return loop.run()
 
 
@@ -89,11 +101,12 @@ class Loop:
         method: Method,
         streams: Mapping[str, Stream],
         trainer: Trainer,
-        validation: Samples | None,
-        evaluator: Evaluator | None,
-        folder: Path | None,
-        name: str,
-        fabric: Fabric | None,
+        *,
+        validation: Samples | None = None,
+        evaluator: Evaluator | None = None,
+        folder: Path | None = None,
+        name: str = "student",
+        fabric: Fabric | None = None,
     ) -> None:
         self.method, self.trainer, self.name = method, trainer, name
         self.streams = {stream: streams[stream] for stream in method.streams if stream in streams}
@@ -103,14 +116,22 @@ class Loop:
             if wanted and (validation is None or evaluator is None):
                 raise UserError(f"the trainer watches '{wanted}', but there is no validation data to measure it on")
         self.fabric = fabric or trainer.fabric()
+        launched = self.fabric._precision.precision
+        if fabric is not None and launched != _for_cpu(trainer.precision, self.fabric.device):
+            raise UserError(
+                f"the trainer wants precision {trainer.precision}, but the devices were launched with {launched}; "
+                "give both the same"
+            )
         seed_everything(trainer.seed, name, rank())
         for stream_name, stream in self.streams.items():
             stream.open(stream_name, seed=trainer.seed, rank=rank(), world_size=world_size())
-        self.clock = method.clock = self._clock()
+        self.clock = method.clock = Clock.of(method, self.streams, trainer)
         method.prepare(self.streams)
-        self._place()
+        self._share_weights()
+        place(method, trainer, self.fabric.device)
+        self.channels_last = runs_channels_last(method, trainer)
         self.parts = method.parts()
-        self.optimizers = {
+        self.optimizers: dict[str, Any] = {
             part: self.fabric.setup_optimizers(trainer.optimizers.get(part, trainer.optimizer).build(parameters))
             for part, parameters in self.parts.items()
         }
@@ -119,10 +140,13 @@ class Loop:
             raise UserError(f"optimizers names the part '{min(unknown)}'; the method has {', '.join(self.parts)}")
         self.rates = {part: [g["lr"] for g in opt.param_groups] for part, opt in self.optimizers.items()}
         self.ema = EMA(method, trainer.ema_decay) if trainer.ema_decay is not None else None
+        if self.ema:
+            cast(Method, self.ema.model).clock = self.clock
         self.checkpoint = folder / "checkpoint.pt" if folder else None
         self.best = folder / "best.safetensors" if folder else None
-        self.best_value: float | None = None
+        self.best_metrics: dict[str, float] | None = None
         self.best_state: dict[str, Tensor] | None = None
+        self.stopped = False
         self.seconds = 0.0
         self.metrics: dict[str, float] = {}
         self.logs = Logs(folder, name, tensorboard=trainer.tensorboard, progress=trainer.progress, quiet=rank() > 0)
@@ -134,65 +158,76 @@ class Loop:
         self._resume()
         self.logs.start(self.clock.step, self.clock.steps)
         self.started = self.saved = time.perf_counter()
-        stopped = False
         try:
-            while self.clock.step < self.clock.steps and not stopped:
+            while self.clock.step < self.clock.steps and not self.stopped:
                 self.method.train()
                 epoch_end = min((self.clock.epoch + 1) * self.clock.steps_per_epoch, self.clock.steps)
                 while self.clock.step < epoch_end:
-                    self._step()
-                    if self.clock.step % self.trainer.log_every == 0:
-                        self._report()
+                    self.step()
+                    if self.clock.step % self.trainer.log_every == 0 or self.clock.step == self.clock.steps:
+                        self.report()
                     if self._due() and self.clock.step < epoch_end:
                         self._save()
-                stopped = self._end_epoch()
+                self._end_epoch()
         finally:
             self.logs.close()
         self._take_what_ships()
-        return Fit(
-            self.metrics, self._elapsed(), self.clock.step, self.logs.train.rows, self.logs.validation.rows
-        )
+        return Fit(self.metrics, self._elapsed(), self.clock.step, self.logs.train.rows, self.logs.validation.rows)
 
-    def _step(self) -> None:
+    def step(self) -> None:
         """One optimiser step of every part that the method yields, on `accumulate` batches each."""
         self._set_rates()
         rounds = [self._rounds() for _ in range(self.trainer.accumulate)]
         while True:
             part = None
             for micro_batch in rounds:
-                with self.fabric.autocast():
-                    answer = next(micro_batch, None)
+                answer = next(micro_batch, None)
                 if answer is None:
                     continue
                 if part is None:
                     part = answer[0]
                     self.optimizers[part].zero_grad()
+                if answer[0] != part:
+                    raise ValueError(
+                        f"of the accumulated batches one yields '{part}' and another '{answer[0]}' in turn"
+                    )
                 self._backward(*answer)
+                self._take_logged()
             if part is None:
                 break
             self._update(part)
-        for term, value in self.method.logged.items():
-            self.sums.add(term, value)
-        self.method.logged.clear()
         self.method.after_step()
+        self._take_logged()
         if self.ema:
             self.ema.update(self.method, self.clock.step)
         self.clock.step += 1
 
     def _rounds(self) -> Iterator[tuple[str, Losses]]:
         """The parts and losses of one batch, asked for one after another."""
-        answer = self.method.training_step(self._batch())
+        batch = self._batch()  # in full precision: views compute coordinates
+        with self.fabric.autocast():
+            answer = self.method.training_step(batch)
         if isinstance(answer, dict):
             yield next(iter(self.parts)), answer
-        else:
-            yield from answer
+            return
+        while True:
+            with self.fabric.autocast():
+                turn = next(answer, None)
+            if turn is None:
+                return
+            yield turn
+
+    def _take_logged(self) -> None:
+        for name, value in self.method.logged.items():
+            self.sums.add(name, value)
+        self.method.logged.clear()
 
     def _batch(self) -> Batch:
         return {name: self.render(stream) for name, stream in self.streams.items()}
 
     def render(self, stream: Stream) -> Mapping[str, Any]:
         """The stream's next batch on the device, with its views."""
-        fields = stream.render(_to_device(stream.next(), self.fabric.device))
+        fields = stream.render(to_device(stream.next(), self.fabric.device))
         if not self.channels_last:
             return fields
         return {name: _channels_last(value) for name, value in fields.items()}
@@ -212,7 +247,10 @@ class Loop:
         average_gradients(self.parts[part])
         optimizer = self.optimizers[part]
         if self.trainer.clip_norm is not None:
-            self.fabric.clip_gradients(self.method, optimizer, max_norm=self.trainer.clip_norm)
+            # Bad gradients are no error here: fp16 skips the step, and asking would wait for the device.
+            self.fabric.clip_gradients(
+                self.method, optimizer, max_norm=self.trainer.clip_norm, error_if_nonfinite=False
+            )
         optimizer.step()
 
     def _set_rates(self) -> None:
@@ -223,59 +261,64 @@ class Loop:
 
     # -- between steps ------------------------------------------------------------------------------------------
 
-    def _report(self) -> None:
+    def report(self) -> None:
+        """Write one row of means since the last one; the only look at the losses on an accelerator."""
         means = self.sums.means()
         samples = sum(stream.batch_size for stream in self.streams.values()) * self.trainer.accumulate * world_size()
         rate = next(iter(self.optimizers.values())).param_groups[0]["lr"]
         self.logs.train_row(self.clock.step, self.clock.epoch, {**means, "learning_rate": rate}, samples)
 
-    def _end_epoch(self) -> bool:
-        """Evaluate, save, and say whether to stop early."""
+    def _end_epoch(self) -> None:
+        """Evaluate, decide whether to stop early, and save."""
+        self._refuse_non_finite()
         self.method.after_epoch()
         last = self.clock.step >= self.clock.steps
-        stop = False
-        if self.evaluator and self.validation is not None and (last or self.clock.epoch % self.trainer.evaluate_every == 0):
-            stop = self._evaluate()
-        if last or stop or self._due():
+        if (
+            self.evaluator
+            and self.validation is not None
+            and (last or self.clock.epoch % self.trainer.evaluate_every == 0)
+        ):
+            self._evaluate()
+        if last or self.stopped or self._due():
             self._save()
-        return stop
 
-    def _evaluate(self) -> bool:
+    def _evaluate(self) -> None:
         assert self.evaluator is not None and self.validation is not None
-        method = self.ema.model if self.ema else self.method
+        method = cast(Method, self.ema.model) if self.ema else self.method
         method.eval()
         method.tune(self._validation_batches())
         self.metrics = dict(self.evaluator(method.shipped(), self.validation))
         self.logs.validation_row(self.clock.step, self.clock.epoch, self.metrics)
-        return self._watch(method)
+        self._watch(method)
 
     def _validation_batches(self) -> Iterable[Mapping[str, Any]]:
         assert self.validation is not None
-        stream = Stream(self.validation, batch_size=256, shuffle=False, drop_last=False)
+        like = next(iter(self.streams.values()))
+        views = dict.fromkeys(like.views, Identity())  # a method reads the view that it trains on, unchanged here
+        stream = Stream(self.validation, 256, views, shuffle=False, drop_last=False, view_field=like.view_field)
         stream.open("validation", seed=0)
         for _ in range(stream.steps_per_epoch):
             yield self.render(stream)
 
-    def _watch(self, method: Method) -> bool:
+    def _watch(self, method: Method) -> None:
         """Keep the best state so far, and count the evaluations that brought nothing better."""
-        if self.trainer.select:
-            value = self._metric(self.trainer.select)
-            sign = 1 if self.trainer.select_mode == "max" else -1
-            if self.best_value is None or sign * value > sign * self.best_value:
-                self.best_value = value
-                self.best_state = {k: v.detach().clone() for k, v in method.state_dict().items()}
-                if self.best and rank() == 0:
-                    save_tensors(self.best, self.best_state)
+        if self.trainer.select and self._is_best(self._metric(self.trainer.select)):
+            self.best_metrics = self.metrics
+            self.best_state = {k: v.detach().clone() for k, v in method.state_dict().items()}
+            if self.best and rank() == 0:
+                save_tensors(self.best, self.best_state)
         stop = self.trainer.early_stop
         if stop is None:
-            return False
-        values = [row[stop.metric] for row in self.logs.validation.rows if stop.metric in row] or [
-            self._metric(stop.metric)
-        ]
+            return
+        self._metric(stop.metric)
         best, since = None, 0
-        for value in values:
+        for value in (row[stop.metric] for row in self.logs.validation.rows):
             best, since = (value, 0) if stop.better(value, best) else (best, since + 1)
-        return since >= stop.patience
+        self.stopped = since >= stop.patience
+
+    def _is_best(self, value: float) -> bool:
+        best = self.best_metrics[str(self.trainer.select)] if self.best_metrics else math.nan
+        return math.isnan(best) or (value > best if self.trainer.select_mode == "max" else value < best)
 
     def _metric(self, name: str) -> float:
         if name not in self.metrics:
@@ -287,14 +330,9 @@ class Loop:
         if self.trainer.select:
             if self.best_state is None and self.best is not None and self.best.exists():
                 self.best_state = load_tensors(self.best)
-            assert self.best_state is not None
+            assert self.best_state is not None and self.best_metrics is not None
             self.method.load_state_dict(self.best_state)
-            sign = 1 if self.trainer.select_mode == "max" else -1
-            self.metrics = max(
-                ({k: v for k, v in row.items() if k not in ("step", "epoch")} for row in self.logs.validation.rows),
-                key=lambda row: sign * row[str(self.trainer.select)],
-                default=self.metrics,
-            )
+            self.metrics = self.best_metrics
         elif self.ema:
             self.method.load_state_dict(self.ema.model.state_dict())
         self.method.eval()
@@ -311,7 +349,7 @@ class Loop:
     def _save(self) -> None:
         if self.checkpoint is None:
             return
-        self.sums.look()
+        self._refuse_non_finite()
         ranks: list[Any] = [None] * world_size()
         mine = {"random": random_state(), "streams": {n: s.state_dict() for n, s in self.streams.items()}}
         if world_size() > 1:
@@ -322,7 +360,8 @@ class Loop:
             "step": self.clock.step,
             "seconds": self._elapsed(),
             "metrics": self.metrics,
-            "best_value": self.best_value,
+            "best_metrics": self.best_metrics,
+            "stopped": self.stopped,
             "sums": self.sums.state_dict(),
             "method": self.method.state_dict(),
             "optimizers": {part: optimizer.state_dict() for part, optimizer in self.optimizers.items()},
@@ -335,9 +374,16 @@ class Loop:
         self.saved = time.perf_counter()
 
     def _resume(self) -> None:
-        if self.checkpoint is None or not self.checkpoint.exists():
+        if self.checkpoint is None or self.best is None:
+            return
+        if rank() == 0:
+            remove_partial(self.checkpoint)
+            remove_partial(self.best)
+        if not self.checkpoint.exists():
             return
         state = load_state(self.checkpoint)
+        if "ranks" not in state:
+            raise UserError(f"{self.checkpoint} is no checkpoint of Limbeck's; delete it to start this stage anew")
         if len(state["ranks"]) != world_size():
             raise UserError(
                 f"{self.checkpoint} was saved by {len(state['ranks'])} processes and this run has {world_size()}; "
@@ -361,41 +407,60 @@ class Loop:
             stream.load_state_dict(mine["streams"][name])
         set_random_state(mine["random"])
         self.clock.step = state["step"]
-        self.seconds, self.metrics, self.best_value = state["seconds"], state["metrics"], state["best_value"]
-        self.sums.load_state_dict(state["sums"])
+        self.seconds, self.stopped = state["seconds"], state["stopped"]
+        self.metrics, self.best_metrics = state["metrics"], state["best_metrics"]
+        self.sums.load_state_dict(state["sums"], self.fabric.device)
+
+    def _refuse_non_finite(self) -> None:
+        """Bad losses that were not looked at yet, and weights that a bad gradient of a good loss has spoilt."""
+        self.sums.look()
+        named = [(name, weight.detach()) for name, weight in self.method.named_parameters() if weight.requires_grad]
+        finite = torch.stack(torch._foreach_norm([weight for _, weight in named])).isfinite()
+        for (name, _), good in zip(named, finite.tolist(), strict=True):
+            if not good:
+                self.sums.stop(f"the weight '{name}' is", self.clock.step)
 
     # -- set-up -------------------------------------------------------------------------------------------------
 
-    def _clock(self) -> Clock:
-        per_epoch = self.streams[self.method.epoch_stream].steps_per_epoch // self.trainer.accumulate
-        per_epoch = max(1, per_epoch)
-        steps = self.trainer.steps or (self.trainer.epochs or 0) * per_epoch
-        return Clock(steps=steps, steps_per_epoch=per_epoch)
-
-    def _place(self) -> None:
-        """Move method and teachers to the device, in the memory format and form that they run in."""
-        if world_size() > 1:
-            if self.trainer.sync_batchnorm:
-                convert_sync_batchnorm(self.method)
-            for tensor in self.method.state_dict().values():
-                dist.broadcast(tensor, src=0)
-        self.method.to(self.fabric.device)
-        teachers = self.method.teachers().values()
-        for teacher in teachers:
-            teacher.to(self.fabric.device)
-        self.channels_last = self.trainer.channels_last and any(isinstance(m, nn.Conv2d) for m in self.method.modules())
-        if self.channels_last:
-            self.method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-            for teacher in teachers:
-                teacher.to(memory_format=torch.channels_last)
-        if self.trainer.compile:
-            for module in self.method.children():
-                module.compile()
-            for teacher in teachers:
-                teacher.compile()
+    def _share_weights(self) -> None:
+        """Start every process from the first one's weights, with BatchNorm over all of them."""
+        if world_size() == 1:
+            return
+        if self.trainer.sync_batchnorm:
+            convert_sync_batchnorm(self.method)
+        self.method.to(self.fabric.device)  # NCCL sends nothing from the host
+        for tensor in self.method.state_dict().values():
+            dist.broadcast(tensor, src=0)
 
     def _elapsed(self) -> float:
         return self.seconds + time.perf_counter() - self.started
+
+
+def runs_channels_last(method: Method, trainer: Trainer) -> bool:
+    """Whether images and weights are kept in the order that convolutions are fastest in."""
+    return trainer.channels_last and any(isinstance(module, nn.Conv2d) for module in method.modules())
+
+
+def place(method: Method, trainer: Trainer, device: torch.device) -> None:
+    """Move method and teachers to the device, in the memory format and form that they run in.
+
+    A stage that is loaded goes through here like one that is trained: the last bits of what it says depend on it.
+    """
+    networks: list[Any] = [method, *method.teachers().values()]
+    for network in networks:
+        network.to(device)
+        if runs_channels_last(method, trainer):
+            network.to(memory_format=torch.channels_last)
+    if trainer.compile:
+        for module in method.networks():
+            compile_in_place(module)
+        for teacher in method.teachers().values():
+            teacher.compile()
+
+
+def _for_cpu(precision: str, device: torch.device) -> str:
+    """Fabric gives a CPU bf16 where fp16 is asked for."""
+    return "bf16-mixed" if precision == "16-mixed" and device.type == "cpu" else precision
 
 
 class RunningTerms:
@@ -407,12 +472,12 @@ class RunningTerms:
 
     def __init__(self, check_each_step: bool, checkpoint: Path | None) -> None:
         self.check_each_step, self.checkpoint = check_each_step, checkpoint
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor | float] = {}
         self.counts: dict[str, int] = {}
         self.first_bad: dict[str, Tensor] = {}
 
-    def add(self, term: str, value: Tensor) -> None:
-        value = value.float()
+    def add(self, term: str, value: Tensor | float) -> None:
+        value = value.float().reshape(()) if isinstance(value, Tensor) else value
         self.sums[term] = self.sums[term] + value if term in self.sums else value
         self.counts[term] = self.counts.get(term, 0) + 1
 
@@ -420,44 +485,57 @@ class RunningTerms:
         if self.check_each_step:
             for term, value in losses.items():
                 if not torch.isfinite(value.detach()).item():
-                    self._stop(term, step)
+                    self.stop(f"the loss term '{term}' is", step)
             return
         for term, value in losses.items():
-            never = self.first_bad.setdefault(term, torch.full((), -1.0, device=value.device))
-            bad = ~torch.isfinite(value.detach()) & (never < 0)
-            self.first_bad[term] = torch.where(bad, torch.full_like(never, step), never)
+            bad = ~torch.isfinite(value.detach())
+            if term not in self.first_bad:
+                self.first_bad[term] = torch.full((), -1.0, device=value.device)
+            self.first_bad[term].masked_fill_(bad & (self.first_bad[term] < 0), step)
 
     def look(self) -> None:
         """Read the guard's record."""
-        if not self.first_bad:
-            return
-        steps = torch.stack(list(self.first_bad.values())).tolist()
-        bad = [(step, term) for term, step in zip(self.first_bad, steps, strict=True) if step >= 0]
-        if bad:
-            step, term = min(bad)
-            self._stop(term, int(step))
+        self._read({})
 
     def means(self) -> dict[str, float]:
-        """Means since the last call; one read of the device."""
-        self.look()
-        if not self.sums:
-            return {}
-        values = torch.stack([self.sums[term].reshape(()) for term in self.sums]).tolist()
-        means = {term: value / self.counts[term] for term, value in zip(self.sums, values, strict=True)}
+        """Means since the last call, over all processes; one read of the device."""
+        sums = {**self.sums, **self._read({t: value for t, value in self.sums.items() if isinstance(value, Tensor)})}
+        means = {term: float(value) / self.counts[term] for term, value in sums.items()}
         self.sums, self.counts = {}, {}
         return means
+
+    def _read(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means over the processes of these sums, read together with the guard's record, which may stop the run."""
+        tensors = [*self.first_bad.values(), *sums.values()]
+        if not tensors:
+            return {}
+        device = tensors[0].device
+        mine_V = torch.stack([tensor.to(device, non_blocking=True) for tensor in tensors])
+        # All processes see what one of them has met, and stop together.
+        columns = list(zip(*gather(mine_V[None]).tolist(), strict=True))
+        bad = [
+            (min(step for step in steps if step >= 0), term)
+            for term, steps in zip(self.first_bad, columns, strict=False)
+            if max(steps) >= 0
+        ]
+        if bad:
+            step, term = min(bad)
+            self.stop(f"the loss term '{term}' is", int(step))
+        values = columns[len(self.first_bad) :]
+        return {term: sum(of_ranks) / len(of_ranks) for term, of_ranks in zip(sums, values, strict=True)}
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": self.sums, "counts": self.counts}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        self.sums, self.counts = to_device(state["sums"], device), dict(state["counts"])
 
-    def _stop(self, term: str, step: int) -> None:
+    def stop(self, culprit: str, step: int) -> None:
+        """Raise `NonFiniteLoss`, e.g. for "the loss term 'ce' is"."""
         saved = self.checkpoint is not None and self.checkpoint.exists()
         kept = f"the last good checkpoint is {self.checkpoint}" if saved else "nothing was saved yet"
         raise NonFiniteLoss(
-            f"the loss term '{term}' is not finite at step {step}; {kept}: lower the learning rate, clip gradients or "
+            f"{culprit} not finite at step {step}; {kept}: lower the learning rate, clip gradients or "
             "look for bad inputs"
         )
 
@@ -482,11 +560,12 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
+def to_device(value: Any, device: torch.device) -> Any:
+    """A tensor, or a dict of tensors and dicts, on the device; anything else as it is."""
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     if isinstance(value, dict):
-        return {name: _to_device(part, device) for name, part in value.items()}
+        return {name: to_device(part, device) for name, part in value.items()}
     return value
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from limbeck.data import Stream
@@ -14,6 +13,7 @@ from limbeck.errors import UserError
 from limbeck.models import class_count
 from limbeck.teachers import Teacher
 from limbeck.train.schedule import Schedule
+from limbeck.train.trainer import Trainer
 
 Fields = Mapping[str, Any]  # one stream's batch: a tensor [B, ...] or a dict of tensors for each field
 Batch = Mapping[str, Fields]  # all streams
@@ -35,6 +35,12 @@ class Clock:
     @property
     def epochs(self) -> int:
         return -(-self.steps // self.steps_per_epoch)
+
+    @classmethod
+    def of(cls, method: Method, streams: Mapping[str, Stream], trainer: Trainer) -> Clock:
+        """The clock of a run at its start; an optimiser step takes `accumulate` batches of each stream."""
+        per_epoch = max(1, streams[method.epoch_stream].steps_per_epoch // trainer.accumulate)
+        return cls(steps=trainer.steps or (trainer.epochs or 0) * per_epoch, steps_per_epoch=per_epoch)
 
 
 class Method(nn.Module):
@@ -60,7 +66,7 @@ class Method(nn.Module):
         super().__init__()
         self.clock = Clock()
         self.weights: dict[str, float | Schedule] = {}
-        self.logged: dict[str, Tensor] = {}
+        self.logged: dict[str, Tensor | float] = {}
 
     def training_step(self, batch: Batch) -> Losses | Iterator[tuple[str, Losses]]:
         """The named loss terms of one step, each a scalar.
@@ -75,6 +81,10 @@ class Method(nn.Module):
         """The groups of parameters that are updated together, by name; one optimiser each."""
         return {"student": [p for p in self.parameters() if p.requires_grad]}
 
+    def networks(self) -> list[nn.Module]:
+        """The modules that `training_step` calls; each is compiled by itself when the trainer says so."""
+        return list(self.children())
+
     def prepare(self, streams: Mapping[str, Stream]) -> None:
         """Build what depends on the data (tables by index, class priors); called once, before weights are restored."""
 
@@ -85,7 +95,10 @@ class Method(nn.Module):
         """Called after the last step of each epoch, before evaluation."""
 
     def tune(self, validation: Iterable[Fields]) -> None:
-        """Choose what is chosen on validation data (mixing factors, thresholds); called before each evaluation."""
+        """Choose what is chosen on validation data (mixing factors, thresholds); called before each evaluation.
+
+        The batches have the fields of the method's first stream, every view being the unchanged input.
+        """
 
     def shipped(self) -> nn.Module:
         """The module that is evaluated, saved and exported: inputs to outputs, without teacher or training heads."""
@@ -99,12 +112,14 @@ class Method(nn.Module):
         return value(self.clock.step, self.clock.steps) if isinstance(value, Schedule) else value
 
     def log(self, **values: Tensor | float) -> None:
-        """Keep values beside the losses in the metrics; tensors are detached and read at the logging interval."""
+        """Keep numbers beside the losses in the metrics; tensors are detached and read at the logging interval."""
         for name, value in values.items():
-            self.logged[name] = value.detach() if isinstance(value, Tensor) else torch.tensor(float(value))
+            if isinstance(value, Tensor) and value.numel() != 1:
+                raise ValueError(f"log was given {name} of shape {list(value.shape)}; give one number, e.g. its mean")
+            self.logged[name] = value.detach() if isinstance(value, Tensor) else float(value)
 
     def teachers(self) -> dict[str, Teacher]:
-        """The frozen teachers by attribute name: no parameters of this module, so `to` and `state_dict` pass them by."""
+        """The frozen teachers by attribute name; `to` and `state_dict` pass them by, for they are no submodules."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Teacher)}
 
     def check(self, streams: Mapping[str, Stream]) -> None:
@@ -138,8 +153,12 @@ class Method(nn.Module):
                     "give both the classes of the data, in the same order"
                 )
         for stream in self.streams:
-            if "label" in self.streams[stream] and (top := int(streams[stream].samples.labels.max())) >= student_classes:
+            if (
+                "label" in self.streams[stream]
+                and (top := int(streams[stream].samples.labels.max())) >= student_classes
+            ):
                 raise UserError(
                     f"the stream '{stream}' holds the label {top}, but the student has {student_classes} classes "
-                    f"(labels 0 to {student_classes - 1}); build the student with num_classes={top + 1} or mend the labels"
+                    f"(labels 0 to {student_classes - 1}); build the student with num_classes={top + 1} "
+                    "or mend the labels"
                 )

@@ -24,7 +24,7 @@ class Optimizer:
         weight_decay: L2 for sgd, adam and lars, decoupled for adamw.
         decay_norm_and_bias: apply weight decay to biases and normalisation scales too (every parameter of less than
             two dimensions); LARS also adapts them then.
-        momentum, nesterov: for sgd and lars.
+        momentum: for sgd and lars; `nesterov` for sgd.
         betas: for adam and adamw.
         trust: LARS's trust coefficient (eeta).
     """

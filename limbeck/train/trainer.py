@@ -7,7 +7,7 @@ from typing import Literal
 
 from lightning_fabric import Fabric
 
-from limbeck.errors import UserError
+from limbeck.errors import UserError, require_positive, require_share
 from limbeck.train.optim import Optimizer
 from limbeck.train.schedule import Schedule
 
@@ -47,7 +47,8 @@ class Trainer:
         select: validation metric whose best epoch ships instead of the last one, e.g. `accuracy`; `select_mode` says
             whether more or less of it is better.
         early_stop: stop before the end.
-        log_every: optimiser steps between rows of `train.csv`, and between looks at the losses on an accelerator.
+        log_every: optimiser steps between rows of `train.csv`, and between looks at the losses on an accelerator; the
+            last step always has its row.
         checkpoint_every: optimiser steps between checkpoints; None saves every 30 seconds (one process) or epoch.
         tensorboard: write TensorBoard events beside the CSV files.
         progress: show a progress bar.
@@ -81,11 +82,17 @@ class Trainer:
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
-            raise UserError(f"a trainer needs epochs or steps, one of them; got epochs={self.epochs}, steps={self.steps}")
+            raise UserError(
+                f"a trainer needs epochs or steps, one of them; got epochs={self.epochs}, steps={self.steps}"
+            )
         for name in ("epochs", "steps", "accumulate", "evaluate_every", "log_every", "checkpoint_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"the trainer's {name} is {value}; it is 1 or more")
+        if self.ema_decay is not None:
+            require_share(ema_decay=self.ema_decay)
+        if self.clip_norm is not None:
+            require_positive(clip_norm=self.clip_norm)
 
     def fabric(self) -> Fabric:
         """Devices and precision; with several processes this call starts the other ones."""

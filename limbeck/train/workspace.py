@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 import yaml
 from lightning_fabric import Fabric
-from torch import Tensor
+from torch import Tensor, nn
 
 from limbeck.data import Samples, Stream
+from limbeck.distributed import rank, world_size
 from limbeck.errors import UserError
 from limbeck.teachers import Teacher
 from limbeck.train.checkpoint import load_tensors, save_tensors, seed_everything, write_text
 from limbeck.train.logs import read_csv
-from limbeck.train.loop import Evaluator, Fit, fit
-from limbeck.train.method import Method
+from limbeck.train.loop import Evaluator, Fit, fit, place, to_device
+from limbeck.train.method import Clock, Method
 from limbeck.train.trainer import Trainer
 
 M = TypeVar("M", bound=Method)
@@ -52,7 +54,8 @@ class Workspace:
         self.path, self.seed, self.evaluator, self.fabric = Path(path), seed, evaluator, fabric
         self.fits: dict[str, Fit] = {}
         if config is not None:
-            self._own(dict(config))
+            asked = dict(config)
+            self._first(lambda: self._own(asked))
         seed_everything(seed, "workspace")
 
     def _own(self, config: dict[str, Any]) -> None:
@@ -88,7 +91,7 @@ class Workspace:
     ) -> M:
         """Train a method as one stage, or load what this stage left behind. Returns the method, in eval mode."""
         folder = self.folder(stage)
-        if self.done(stage):
+        if self._done_for_all(stage):
             self._restore(stage, method, streams, trainer)
         else:
             evaluator = evaluator or self.evaluator
@@ -102,34 +105,42 @@ class Workspace:
                 name=stage,
                 fabric=self.fabric,
             )
-            save_tensors(folder / "method.safetensors", method.state_dict())
+            self._first(lambda: save_tensors(folder / "method.safetensors", method.state_dict()))
             self._complete(stage, metrics=result.metrics, seconds=result.seconds, steps=result.steps)
-            (folder / "checkpoint.pt").unlink(missing_ok=True)
-            (folder / "best.safetensors").unlink(missing_ok=True)
-        record = json.loads((folder / "done.json").read_text())
-        self.fits[stage] = Fit(**record, train=_rows(folder / "train.csv"), validation=_rows(folder / "validation.csv"))
+        for name in ("checkpoint.pt", "best.safetensors"):
+            (folder / name).unlink(missing_ok=True)
+        self.fits[stage] = Fit(
+            **self._record(stage), train=_rows(folder / "train.csv"), validation=_rows(folder / "validation.csv")
+        )
         seed_everything(self.seed, stage, "done")
         return method
 
     def _restore(self, stage: str, method: Method, streams: Mapping[str, Stream], trainer: Trainer) -> None:
+        streams = {name: streams[name] for name in method.streams if name in streams}
         for name, stream in streams.items():
-            stream.open(name, seed=trainer.seed)
+            stream.open(name, seed=trainer.seed, rank=rank(), world_size=world_size())
+        method.clock = Clock.of(method, streams, trainer)
+        method.clock.step = self._record(stage)["steps"]
         method.prepare(streams)
         file = self.folder(stage) / "method.safetensors"
         try:
             method.load_state_dict(load_tensors(file))
         except RuntimeError as error:
             first = str(error).strip().splitlines()[-1].strip()
-            raise UserError(f"{file} belongs to another architecture ({first}); delete {file.parent} to redo it") from error
+            raise UserError(
+                f"{file} belongs to another architecture ({first}); delete {file.parent} to redo it"
+            ) from error
+        place(method, trainer, (self.fabric or trainer.fabric()).device)
         method.eval()
 
     def compute(self, stage: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Tensors that one stage makes (pseudo-labels, synthetic data, codebooks): made once, then loaded."""
         file = self.folder(stage) / "tensors.safetensors"
-        if not self.done(stage):
+        if not self._done_for_all(stage):
             started = time.perf_counter()
             seed_everything(self.seed, stage)
-            save_tensors(file, make())
+            tensors = make()
+            self._first(lambda: save_tensors(file, tensors))
             self._complete(stage, metrics={}, seconds=time.perf_counter() - started, steps=0)
         seed_everything(self.seed, stage, "done")
         return load_tensors(file)
@@ -147,24 +158,45 @@ class Workspace:
     ) -> Samples:
         """The samples with the teacher's outputs added as fields, e.g. `logits` [N, C]; computed once, then loaded."""
 
+        device = torch.device(device)
+
         def outputs() -> dict[str, Tensor]:
             stream = Stream(samples, batch_size, shuffle=False, drop_last=False)
             stream.open(stage, seed=0)
-            answers = [teacher(_to(stream.render(stream.next()), device), view) for _ in range(stream.steps_per_epoch)]
+            if isinstance(teacher, Teacher | nn.Module):
+                teacher.to(device)
+            answers = []
+            for _ in range(stream.steps_per_epoch):
+                with torch.no_grad():
+                    answers.append(teacher(to_device(stream.render(stream.next()), device), view))
             return {name: torch.cat([getattr(answer, name).cpu() for answer in answers]) for name in keep}
 
         return samples.with_fields(self.compute(stage, outputs))
 
     def _complete(self, stage: str, **record: Any) -> None:
-        write_text(self.folder(stage) / "done.json", json.dumps(record, indent=2))
+        self._first(lambda: write_text(self.folder(stage) / "done.json", json.dumps(record, indent=2)))
+
+    @staticmethod
+    def _first(write: Callable[[], Any]) -> None:
+        """Let the first process write, and the others wait until it has."""
+        if rank() == 0:
+            write()
+        if world_size() > 1:
+            dist.barrier()
+
+    def _done_for_all(self, stage: str) -> bool:
+        """`done`, as it was before any process went on: the fastest must not complete the stage under the others."""
+        done = self.done(stage)
+        if world_size() > 1:
+            dist.barrier()
+        return done
+
+    def _record(self, stage: str) -> dict[str, Any]:
+        return json.loads((self.folder(stage) / "done.json").read_text())
 
 
 def _rows(path: Path) -> list[dict[str, float]]:
     return read_csv(path) if path.exists() else []
-
-
-def _to(fields: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in fields.items()}
 
 
 def _first_difference(found: Any, asked: Any, key: str = "") -> str:

@@ -129,6 +129,9 @@ class DHO(Method):
             self.student.alpha.fill_(alpha)
             self.student.beta.fill_(beta)
 
+    def networks(self) -> list[nn.Module]:
+        return list(self.student.children())
+
     def training_step(self, batch: Batch) -> Losses:
         labelled, unlabelled = batch["labelled"], batch["unlabelled"]
         features_l, features_u = self._features(labelled["weak"], unlabelled["weak"])

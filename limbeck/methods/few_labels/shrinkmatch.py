@@ -105,6 +105,9 @@ class ShrinkMatch(Method):
         self.alignment = DistributionAlignment(head.out_features) if align else None
         self.register_buffer("certain_ratio", torch.tensor(float("nan")))
 
+    def networks(self) -> list[nn.Module]:
+        return [*self.student, self.aux]
+
     def training_step(self, batch: Batch) -> Losses:
         labelled, unlabelled = batch["labelled"], batch["unlabelled"]
         together = torch.cat([labelled["weak"], unlabelled["weak"], unlabelled["strong"]])
