@@ -247,9 +247,22 @@ def test_a_recipe_cannot_import_code_unless_the_user_allows_it(recipe, capsys, t
         {"trainer": {"epochs": 1, "optimizer": {"class_path": "stranger.Optimizer"}}},
         {"trainer": {"class_path": "stranger.Trainer"}},
         {"method": {"name": "supervised", "class_path": "stranger.Method"}},
+        {"student": {"name": "hf:stranger/net", "trust_remote_code": True}},
     ]
     for change in spellings:
         assert "--allow-imports" in refused(capsys, "run", recipe(**change)), change
+    assert not (tmp_path / "was_here").exists()
+
+
+def test_text_in_a_recipe_never_becomes_an_object_or_another_file(recipe, capsys, tmp_path, monkeypatch):
+    (tmp_path / "stranger.py").write_text("open('was_here', 'w').close()\n\n\nclass Thing:\n    pass\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "more.yaml").write_text("name: {class_path: stranger.Thing}\n")
+    teacher = {"name": "mlp", "weights": "w"}
+    refused(capsys, "run", recipe(method={"name": "dho", "class_embeddings": "stranger.Thing"}, teacher=teacher))
+    refused(capsys, "run", recipe(method={"name": "kd", "teacher": "stranger.Thing"}, teacher=teacher))
+    assert "mapping" in refused(capsys, "run", recipe(student="more.yaml"))
+    assert "mapping" in refused(capsys, "run", recipe(trainer={"epochs": 1, "optimizer": "more.yaml"}))
     assert not (tmp_path / "was_here").exists()
 
 

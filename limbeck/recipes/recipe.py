@@ -14,7 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -170,15 +170,15 @@ def import_object(name: str, allow_imports: bool) -> Any:
 
 
 def refuse_foreign_classes(value: Any, allow_imports: bool, where: str = "") -> None:
-    """Refuse `class_path` entries, which would import whatever they name before any type is checked."""
+    """Refuse `class_path`, which imports what it names before any type is checked, and code of a hub's checkpoints."""
     if allow_imports:
         return
     if isinstance(value, Mapping):
         for key, inner in value.items():
             place = f"{where}.{key}" if where else str(key)
-            if key == "class_path" and not str(inner).startswith("limbeck."):
+            if key == "class_path" or (key == "trust_remote_code" and inner not in (False, None)):
                 raise UserError(
-                    f"the recipe names the class '{inner}' at {place}, code from outside Limbeck; read it, and pass "
+                    f"the recipe asks for code from outside Limbeck at {place} ({inner}); read it, and pass "
                     "--allow-imports if you trust it"
                 )
             refuse_foreign_classes(inner, allow_imports, place)
@@ -199,7 +199,7 @@ def parser_of(method: Any) -> Any:
     parser = ArgumentParser(prog="limbeck run", exit_on_error=False, default_env=False)
     parser.add_argument("--seed", type=int, default=0, help="of splits, initial weights, order and views")
     parser.add_argument("--method.name", type=str, required=True, help="slug of the system")
-    parser.add_class_arguments(method, "method", skip={"student", "teacher"}, instantiate=False)
+    parser.add_class_arguments(method, "method", skip={*_objects(method)}, instantiate=False)
     parser.add_function_arguments(load_data, "data", skip={*NOT_IN_RECIPES})
     parser.add_function_arguments(harder, "data", as_group=False, skip={"data", "seed"})
     parser.add_function_arguments(tokenized, "data", as_group=False, skip={"data"})
@@ -210,6 +210,17 @@ def parser_of(method: Any) -> Any:
         parser.add_class_arguments(StreamSettings, f"streams.{stream}")
     parser.add_class_arguments(Trainer, "trainer", skip={"seed"})
     return parser
+
+
+def _objects(method: Any) -> list[str]:
+    """Arguments of a method that are networks, teachers or tensors: objects, which YAML text must not bring to life."""
+    from torch import Tensor, nn
+
+    from limbeck.teachers import Teacher
+
+    hints = get_type_hints(method.__init__)
+    kinds = {name: [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)] for name, hint in hints.items()}
+    return [name for name, found in kinds.items() if any(issubclass(k, Tensor | nn.Module | Teacher) for k in found)]
 
 
 def parse(recipe: Mapping[str, Any], allow_imports: bool = False) -> tuple[Any, Any]:
@@ -248,17 +259,22 @@ def expand(value: Any) -> Any:
 def _check_keys(settings: Mapping[str, Any], parser: Any) -> None:
     """Name an unknown key in our own words, with the nearest known one."""
     kinds = {action.dest: getattr(action, "_typehint", None) for action in parser._actions}
+    kinds = {name: kind for name, kind in kinds.items() if not name.endswith(".help")}
     for section, content in settings.items():
         inside = {n.removeprefix(f"{section}."): kind for n, kind in kinds.items() if n.startswith(f"{section}.")}
         if section not in kinds and not inside:
             raise UserError(
                 f"the method {settings['method']['name']} has no use for the section '{section}'; remove it"
             )
-        if isinstance(content, Mapping):
+        if inside:
             _check_section(section, content, inside)
 
 
-def _check_section(section: str, content: Mapping[str, Any], inside: Mapping[str, Any]) -> None:
+def _check_section(section: str, content: Any, inside: Mapping[str, Any]) -> None:
+    if not isinstance(content, Mapping):  # text would be taken for a file of settings, which nobody has checked
+        raise UserError(
+            f"{section} is {content!r} in the recipe; it is a mapping with keys such as {next(iter(inside))}"
+        )
     first = sorted({name.split(".")[0] for name in inside})
     for key, value in content.items():
         if key not in first:
@@ -266,7 +282,7 @@ def _check_section(section: str, content: Mapping[str, Any], inside: Mapping[str
                 f"unknown key '{section}.{key}' in the recipe{nearest(str(key), first)}; "
                 f"{section} has {', '.join(first)}"
             )
-        if isinstance(value, Mapping):
+        if value is not None:
             deeper = {n.removeprefix(f"{key}."): kind for n, kind in inside.items() if n.startswith(f"{key}.")}
             deeper |= dict.fromkeys(_settings_of(inside.get(key)))
             if deeper:
