@@ -152,7 +152,10 @@ class Stream:
             return order[places - first * size]
         order = self._permutation(epoch)
         share = min(batch_size, -(-(size - start) // self.world_size))
-        return order[(start + self.rank * share + torch.arange(share)) % size]
+        first = start + self.rank * share
+        if first + share <= size:
+            return order[first : first + share]
+        return order[(first + torch.arange(share)) % size]
 
     def _permutation(self, number: int) -> Tensor:
         if not self.shuffle:

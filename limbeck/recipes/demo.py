@@ -44,6 +44,7 @@ def demo(
 
 def _demo(folder: Path, seeds: int, say: Callable[[str], None]) -> Comparison:
     rows: dict[str, list[dict[str, float]]] = {}
+    configs: dict[str, Any] = {}
     page = Page({}, {})
     for seed in range(seeds):
         for arm, result in _runs(folder / f"seed-{seed}", seed):
@@ -52,10 +53,11 @@ def _demo(folder: Path, seeds: int, say: Callable[[str], None]) -> Comparison:
                 page.curves[arm] = result.fit.train + result.fit.validation
                 page.predictions[arm] = calibration(result)
                 page.data = page.data or result.data
+                configs[arm] = result.config
             accuracy = 100 * result.metrics["accuracy"]
             say(f"seed {seed}: {arm:<24} accuracy {accuracy:5.1f} %, {result.fit.seconds:4.1f} s")
     assert page.data is not None
-    comparison = Comparison(rows, list(range(seeds)), data=describe(page.data))
+    comparison = Comparison(rows, list(range(seeds)), data=describe(page.data), config={"arms": configs})
     write_text(folder / "comparison.json", comparison.to_json())
     write_page(folder / "report.html", "Limbeck demo: digits", comparison, page, context=["teacher"])
     return comparison

@@ -17,7 +17,7 @@ from limbeck.data.views import make_view
 from limbeck.distributed import rank
 from limbeck.errors import UserError
 from limbeck.evaluate import ClassificationEvaluator, Comparison, Reliability, predict, reliability
-from limbeck.models import export_model, load_model, measure_cost, save_model
+from limbeck.models import count_parameters, export_model, load_model, measure_cost, save_model
 from limbeck.recipes import recipe as recipes
 from limbeck.recipes.data import as_data, describe, example_of, input_field, prepare_data, stream_samples
 from limbeck.recipes.recipe import StreamSettings
@@ -125,7 +125,7 @@ def distill(
         "method": {"name": getattr(method, "__name__", method), **{k: v for k, v in arguments.items() if _simple(v)}},
         "data": describe(loaded),
         "student": _named(student),
-        "teacher": _named(teacher),
+        "teacher": _named(teacher, weights=True),
         "streams": {name: _described(setting) for name, setting in settings.items()},
         "trainer": asdict(trainer),
         "seed": seed,
@@ -293,8 +293,18 @@ def _simple(value: Any) -> bool:
     return isinstance(value, str | int | float | bool | None)
 
 
-def _named(value: Any) -> str | None:
-    return value if value is None or isinstance(value, str) else type(value).__name__
+def _named(value: Any, *, weights: bool = False) -> str | None:
+    """A network in words, so that a workspace knows its own: its size and, for a teacher, the sum of its weights."""
+    if value is None or isinstance(value, str):
+        return value
+    network = value.model if isinstance(value, Frozen) else value
+    if not isinstance(network, nn.Module):
+        return type(value).__name__
+    words = f"{type(network).__name__} with {count_parameters(network)} parameters"
+    if weights:  # a student's first weights may differ from call to call, a teacher's never do
+        total = sum(float(parameter.detach().double().abs().sum()) for parameter in network.parameters())
+        words += f", their absolute sum {total:.9g}"
+    return words
 
 
 def _described(settings: StreamSettings) -> dict[str, Any]:
