@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from limbeck.errors import UserError
+from limbeck.files import write_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -91,7 +91,7 @@ class EncodedImages:
         path = cache_folder() / "images" / f"{self._key()}.npy"
         if not path.exists():
             images = self._decode_threads(progress)
-            if not _write_atomically(path, images.numpy()):
+            if not _cached(path, images.numpy()):
                 return images
         # copy-on-write, since torch has no read-only tensors and would warn
         return torch.from_numpy(np.load(path, mmap_mode="c", allow_pickle=False))
@@ -193,17 +193,11 @@ def _first_line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _write_atomically(path: Path, array: np.ndarray) -> bool:
-    """Whether the array is now at `path`; a reader never meets half a file."""
-    temporary = None
+def _cached(path: Path, array: np.ndarray) -> bool:
+    """Whether the array is now at `path`; a full disk costs the cache, not the run."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as temporary:
-            np.save(temporary, array, allow_pickle=False)
-        os.replace(temporary.name, path)
-        return True
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary.name).unlink(missing_ok=True)
-        warnings.warn(f"Decoded images are not cached under {path.parent} ({error}).", stacklevel=2)
+        write_whole(path, lambda file: np.save(file, array, allow_pickle=False))
+    except UserError as error:
+        warnings.warn(f"Decoded images are not cached: {error}", stacklevel=2)
         return False
+    return True

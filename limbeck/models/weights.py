@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from limbeck.errors import UserError
+from limbeck.files import write_whole
 
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 
@@ -29,12 +29,7 @@ def save_weights(model: nn.Module, file: str | Path) -> Path:
             seen.add(_memory(tensor))
             # A clone, because two different views of one storage cannot be saved as they are.
             written[key] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-    unfinished = file.with_name(f".{file.name}.{os.getpid()}.unfinished")
-    try:
-        save_file(written, unfinished, metadata={"format": "pt"})
-        os.replace(unfinished, file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_whole(file, lambda whole: whole.write(save(written, metadata={"format": "pt"})))
     return file
 
 

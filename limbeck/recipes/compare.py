@@ -14,11 +14,11 @@ from limbeck import catalog
 from limbeck.data import Data
 from limbeck.errors import UserError
 from limbeck.evaluate import Comparison
+from limbeck.files import write_text
 from limbeck.recipes import recipe as recipes
 from limbeck.recipes.data import describe
 from limbeck.recipes.run import Result, calibration, run
 from limbeck.report import write_report
-from limbeck.train.checkpoint import write_text
 from limbeck.train.logs import Row
 
 COLUMNS = ("accuracy", "nll", "ece", "parameters", "latency_ms", "seconds")

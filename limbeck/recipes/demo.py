@@ -12,13 +12,14 @@ import torch
 from limbeck.data import Data, load_data
 from limbeck.data.splits import split_labels
 from limbeck.evaluate import Comparison
+from limbeck.files import write_text
 from limbeck.models import load_model
 from limbeck.recipes.compare import Page, write_page
 from limbeck.recipes.data import describe
 from limbeck.recipes.recipe import StreamSettings
 from limbeck.recipes.run import calibration, distill
 from limbeck.train import Optimizer, Schedule, Trainer
-from limbeck.train.checkpoint import seed_everything, write_text
+from limbeck.train.checkpoint import seed_everything
 
 STUDENT = {"channels": [8, 16, 16]}
 TEACHER = {"channels": [32, 64, 64]}

@@ -17,14 +17,15 @@ from limbeck.data.views import make_view
 from limbeck.distributed import rank
 from limbeck.errors import UserError
 from limbeck.evaluate import ClassificationEvaluator, Comparison, Reliability, predict, reliability
-from limbeck.models import count_parameters, export_model, load_model, measure_cost, save_model
+from limbeck.files import write_text
+from limbeck.models import check_onnx, count_parameters, export_model, load_model, measure_cost, save_model
 from limbeck.recipes import recipe as recipes
 from limbeck.recipes.data import as_data, describe, example_of, input_field, prepare_data, stream_samples
 from limbeck.recipes.recipe import StreamSettings
 from limbeck.report import write_report
 from limbeck.teachers import Frozen, Teacher
 from limbeck.train import Fit, Method, Trainer, Workspace
-from limbeck.train.checkpoint import seed_everything, write_text
+from limbeck.train.checkpoint import seed_everything
 
 
 @dataclass
@@ -218,7 +219,10 @@ def export(
     folder = Path(workspace)
     student, data = restore(folder)
     example = example_of(data.test, rows=min(4, len(data.test)))
-    return export_model(student, folder / "export", example, formats=formats)
+    paths = export_model(student, folder / "export", example, formats=formats)
+    if "onnx" in paths:
+        check_onnx(paths["onnx"], student, example)
+    return paths
 
 
 def restore(workspace: str | Path) -> tuple[nn.Module, Data]:

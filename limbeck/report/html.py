@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from limbeck.evaluate import Comparison, Reliability, Verdict
+from limbeck.files import write_text
 from limbeck.report.plots import arms_plot, cost_plot, curve_keys, curves_plot, image_grid, reliability_plot
 from limbeck.report.tables import Column, column_of, comparison_table
-from limbeck.train.checkpoint import write_text
 
 _COSTS = ("parameters", "latency_ms")
 _CURVES = ("accuracy", "nll", "loss")  # drawn when the rows have them and nothing else is asked for

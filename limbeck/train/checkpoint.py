@@ -1,14 +1,12 @@
-"""Files that are whole or absent, and the random states that make a resumed run the same run."""
+"""Saved states, and the random states that make a resumed run the same run."""
 
 from __future__ import annotations
 
 import hashlib
-import os
 import random
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import safetensors
@@ -17,48 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from limbeck.errors import UserError
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file so that a crash or a full disk leaves the old content (or none), never a part.
-
-    Raises:
-        UserError: the file could not be written; what stood there before still stands.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        refused = _refused_by_the_system(error)
-        if refused is None:
-            raise
-        kept = "what was saved there before is kept" if path.exists() else "nothing was there before"
-        raise UserError(f"could not save {path} ({refused}); {kept}: make room on the disk and run again") from error
-
-
-def remove_partial(path: Path) -> None:
-    """Delete what killed processes left of `write_whole`s of this file; nobody may be writing it."""
-    for left in path.parent.glob(f".{path.name}.*"):
-        left.unlink(missing_ok=True)
-
-
-def _refused_by_the_system(error: BaseException | None) -> OSError | None:
-    """The OSError behind an error: torch.save answers a full disk with a RuntimeError about positions in its file."""
-    while error is not None and not isinstance(error, OSError):
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def write_text(path: Path, text: str) -> None:
-    """`write_whole` for text."""
-    write_whole(path, lambda file: file.write(text.encode()))
+from limbeck.files import write_whole
 
 
 def save_state(path: Path, state: Mapping[str, Any]) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from limbeck.errors import UserError
-from limbeck.train.checkpoint import write_text
+from limbeck.files import write_text
 
 Row = dict[str, float]
 

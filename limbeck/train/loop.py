@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from limbeck.data import Identity, Samples, Stream
 from limbeck.distributed import gather, rank, world_size
 from limbeck.errors import UserError
+from limbeck.files import remove_partial
 from limbeck.models import convert_sync_batchnorm
 from limbeck.models.compiled import compile_in_place
 from limbeck.teachers import EMA
@@ -24,7 +25,6 @@ from limbeck.train.checkpoint import (
     load_state,
     load_tensors,
     random_state,
-    remove_partial,
     save_state,
     save_tensors,
     seed_everything,

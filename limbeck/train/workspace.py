@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from limbeck.data import Samples, Stream
 from limbeck.distributed import rank, world_size
 from limbeck.errors import UserError
+from limbeck.files import write_text
 from limbeck.teachers import Teacher
-from limbeck.train.checkpoint import load_tensors, save_tensors, seed_everything, write_text
+from limbeck.train.checkpoint import load_tensors, save_tensors, seed_everything
 from limbeck.train.logs import read_csv
 from limbeck.train.loop import Evaluator, Fit, fit, place, to_device
 from limbeck.train.method import Clock, Method
