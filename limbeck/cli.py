@@ -136,7 +136,10 @@ def _settings(rest: Sequence[str]) -> dict[str, str]:
 
 
 def _say(line: str) -> None:
-    print(line, flush=True)
+    from limbeck.distributed import rank
+
+    if rank() == 0:
+        print(line, flush=True)
 
 
 class _RunHelp(argparse.Action):

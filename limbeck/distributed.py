@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_autograd
 from torch import Tensor
 
 
@@ -43,4 +44,16 @@ def gather(x: Tensor) -> Tensor:
 
 def gather_with_gradient(x: Tensor) -> Tensor:
     """Like `gather`, and the gradients that other processes hold for this process's rows flow back (summed)."""
-    return x if world_size() == 1 else torch.cat(dist_autograd.all_gather(x.contiguous()))
+    return x if world_size() == 1 else _Gather.apply(x)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        return gather(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        # Every process computed a gradient for all rows; this process's share of each adds up to the whole.
+        return sum_across(gradient)[rank() * ctx.rows :][: ctx.rows]

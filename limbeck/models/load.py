@@ -7,7 +7,8 @@ import inspect
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,9 +135,24 @@ def save_model(model: nn.Module, folder: str | Path) -> Path:
 def _save_transformers(core: Any, folder: Path) -> None:
     """transformers' own files, so that its `from_pretrained` reads the folder too; moved in when complete."""
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as unfinished:
-        core.save_pretrained(unfinished)
+        with _without_progress_bar():
+            core.save_pretrained(unfinished)
         for file in sorted(Path(unfinished).iterdir()):
             os.replace(file, folder / file.name)
+
+
+@contextmanager
+def _without_progress_bar() -> Iterator[None]:
+    """Of transformers, which shows one for every file that it writes."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _normalization_of(model: nn.Module) -> dict[str, Any]:
