@@ -202,23 +202,6 @@ def test_two_slices_of_one_storage_are_two_weights(tmp_path):
     torch.testing.assert_close(torch.cat([saved["0"], saved["1"]]), both)
 
 
-def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
-    model = nn.Linear(2, 2)
-    save_weights(model, tmp_path / "model.safetensors")
-    before = (tmp_path / "model.safetensors").read_bytes()
-
-    def no_space(tensors, path, metadata):
-        Path(path).write_bytes(b"half")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr("limbeck.models.weights.save_file", no_space)
-    nn.init.zeros_(model.weight)
-    with pytest.raises(OSError, match="No space"):
-        save_weights(model, tmp_path / "model.safetensors")
-    assert (tmp_path / "model.safetensors").read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
-
-
 def test_weights_without_batch_counters_are_complete(tmp_path):
     model = SmallCnn()
     state = {k: v for k, v in model.state_dict().items() if not k.endswith("num_batches_tracked")}
