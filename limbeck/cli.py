@@ -81,6 +81,14 @@ def compare(known: argparse.Namespace, rest: list[str]) -> None:
         say=_say,
     )
     _print_table(comparison, "Test data: mean ± deviation")
+    first, *others = comparison.arms
+    for arm in others:
+        paired = comparison.paired(arm, first, "accuracy")
+        line = f"{arm} against {first}: accuracy {100 * paired.difference:+.2f} points"
+        if paired.p is not None and paired.low is not None and paired.high is not None:
+            interval = f"{100 * paired.low:+.2f} to {100 * paired.high:+.2f}"
+            line += f" (95 % interval {interval}, paired t-test p = {paired.p:.2g})"
+        _say(line)
     _say(f"report: {known.workspace}/report.html")
 
 

@@ -89,6 +89,7 @@ def test_compare_gives_both_arms_the_same_initial_weights_and_splits(recipe, tmp
     # PS-KD without any weight of the past is plain training: only equal splits and weights make these equal.
     assert [row["nll"] for row in rows["recipe"]] == [row["nll"] for row in rows["other"]]
     assert rows["recipe"][0]["nll"] != rows["recipe"][1]["nll"]
+    assert "other against recipe: accuracy +0.00 points" in capsys.readouterr().out
     assert (tmp_path / "cmp/report.html").is_file()
 
 
