@@ -74,7 +74,7 @@ class DHO(Method):
 
     Args:
         student: inputs to logits [B, C]; it is taken apart in place: its last linear layer becomes the head for the
-            labels, and the teacher's head is a new one of the same shape.
+            labels, and the teacher's head is a new one of the same shape and size of weights.
         teacher: gives logits [B, C] (CLIP: 100 x cosine similarity).
         temperature: T > 0.
         ce_weight: lambda in [0, 1].
@@ -116,11 +116,10 @@ class DHO(Method):
         if (alpha is None) != (beta is None):
             raise UserError(f"alpha and beta are fixed or chosen together; got alpha={alpha}, beta={beta}")
         backbone, ce_head = split_head(student)
-        kind = CosineHead if kd_head == "cosine" else nn.Linear
-        second = kind(ce_head.in_features, ce_head.out_features) if heads == 2 else ce_head
-        self.student = TwoHeads(backbone, ce_head, second)
+        kd_module = second_head(ce_head, kd_head) if heads == 2 else ce_head
+        self.student = TwoHeads(backbone, ce_head, kd_module)
         if class_embeddings is not None:
-            start_heads((ce_head, second), class_embeddings)
+            start_heads((ce_head, kd_module), class_embeddings)
         self.teacher = teacher
         self.temperature, self.joint_forward, self.measure_conflict = temperature, joint_forward, measure_conflict
         self.weights = {"ce": ce_weight, "kd_labelled": 1 - ce_weight, "kd_unlabelled": 1 - ce_weight}
@@ -195,6 +194,20 @@ def best_mix(a_NC: Tensor, b_NC: Tensor, labels_N: Tensor) -> Tensor:
     return pairs_P2[right_P.argmax()]  # argmax gives the first of equal maxima
 
 
+def second_head(first: nn.Linear, kind: Literal["linear", "cosine"]) -> nn.Linear:
+    """A head of the same shape drawn anew, with weights of the size that the first one's have and zero bias.
+
+    With torch's default initialisation, which is smaller than that of most networks, the teacher's head would start
+    behind the one head of the baseline.
+    """
+    bias = first.bias is not None
+    head = (CosineHead if kind == "cosine" else nn.Linear)(first.in_features, first.out_features, bias=bias)
+    nn.init.normal_(head.weight, std=float(first.weight.detach().std()))
+    if bias:
+        nn.init.zeros_(head.bias)
+    return head
+
+
 def start_heads(heads: Iterable[nn.Linear], class_embeddings_CD: Tensor) -> None:
     """Let each head start from the embeddings of the classes' names, with zero bias."""
     for head in heads:
@@ -204,4 +217,5 @@ def start_heads(heads: Iterable[nn.Linear], class_embeddings_CD: Tensor) -> None
                 f"{list(head.weight.shape)}; give one row a class"
             )
         head.weight.data.copy_(class_embeddings_CD)
-        head.bias.data.zero_()
+        if head.bias is not None:
+            head.bias.data.zero_()
