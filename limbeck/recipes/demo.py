@@ -69,7 +69,7 @@ def _runs(folder: Path, seed: int) -> Any:
     data = load_data("digits", seed=seed)
     few = _few(data, seed)
     adam = Trainer(
-        epochs=45,
+        epochs=90,
         optimizer=Optimizer("adamw", lr=5e-3, weight_decay=1e-2),
         schedule=Schedule("cosine"),
         evaluate_every=5,
@@ -103,7 +103,7 @@ def _runs(folder: Path, seed: int) -> Any:
     yield "ps-kd (no teacher)", train("ps-kd", "ps-kd", data, STUDENT, adam, labelled)
 
     # As many steps as the others take, with an epoch of 40 samples.
-    alone = replace(adam, epochs=None, steps=45 * (len(data.train) // 64), evaluate_every=50)
+    alone = replace(adam, epochs=None, steps=90 * (len(data.train) // 64), evaluate_every=50)
     few_labelled = {"labelled": StreamSettings(32, SHIFT, cycle=True)}
     yield "student alone, 4 labels", train("student alone, 4 labels", "supervised", few, STUDENT, alone, few_labelled)
     yield "dho, 4 labels", train("dho, 4 labels", "dho", few, STUDENT, adam, both, **teacher)

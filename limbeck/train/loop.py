@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -233,15 +234,18 @@ class Loop:
         return {name: _channels_last(value) for name, value in fields.items()}
 
     def _backward(self, part: str, losses: Losses) -> None:
-        total: Tensor | float = 0.0
-        for term, value in losses.items():
-            total = total + self.method.now(self.method.weights.get(term, 1.0)) * value
-            self.sums.add(term, value.detach())
-        self.sums.check(losses, self.clock.step)
-        total = total / self.trainer.accumulate
+        self.sums.take(losses, self.clock.step)
         # Parts share graphs (a critic on the student's samples): only the yielded part's parameters get gradients.
         inputs = self.parts[part] if len(self.parts) > 1 else None
-        self.fabric.backward(total, inputs=inputs)  # type: ignore[arg-type]
+        self.fabric.backward(self._total(losses), inputs=inputs)
+
+    def _total(self, losses: Losses) -> Tensor:
+        """The weighted sum of the terms, over the number of accumulated batches; a factor of 1 costs nothing."""
+        factors = [self.method.now(self.method.weights.get(term, 1.0)) / self.trainer.accumulate for term in losses]
+        terms = [
+            value if factor == 1 else factor * value for factor, value in zip(factors, losses.values(), strict=True)
+        ]
+        return functools.reduce(torch.add, terms)
 
     def _update(self, part: str) -> None:
         average_gradients(self.parts[part])
@@ -481,17 +485,20 @@ class RunningTerms:
         self.sums[term] = self.sums[term] + value if term in self.sums else value
         self.counts[term] = self.counts.get(term, 0) + 1
 
-    def check(self, losses: Losses, step: int) -> None:
-        if self.check_each_step:
-            for term, value in losses.items():
-                if not torch.isfinite(value.detach()).item():
-                    self.stop(f"the loss term '{term}' is", step)
-            return
+    def take(self, losses: Losses, step: int) -> None:
+        """Add the terms of a step, and stop at one that is not finite or record it."""
         for term, value in losses.items():
+            if self.check_each_step:
+                number = value.item()  # one read serves the guard and the sum
+                if not math.isfinite(number):
+                    self.stop(f"the loss term '{term}' is", step)
+                self.add(term, number)
+                continue
             bad = ~torch.isfinite(value.detach())
             if term not in self.first_bad:
                 self.first_bad[term] = torch.full((), -1.0, device=value.device)
             self.first_bad[term].masked_fill_(bad & (self.first_bad[term] < 0), step)
+            self.add(term, value.detach())
 
     def look(self) -> None:
         """Read the guard's record."""
@@ -499,7 +506,9 @@ class RunningTerms:
 
     def means(self) -> dict[str, float]:
         """Means since the last call, over all processes; one read of the device."""
-        sums = {**self.sums, **self._read({t: value for t, value in self.sums.items() if isinstance(value, Tensor)})}
+        shared = world_size() > 1  # numbers too are then averaged over the processes
+        read = {t: torch.as_tensor(v) for t, v in self.sums.items() if shared or isinstance(v, Tensor)}
+        sums = {**self.sums, **self._read(read)}
         means = {term: float(value) / self.counts[term] for term, value in sums.items()}
         self.sums, self.counts = {}, {}
         return means

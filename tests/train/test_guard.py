@@ -79,9 +79,7 @@ def test_weights_that_the_last_gradient_spoilt_do_not_ship():
 def recorded(*steps: dict[str, float]) -> RunningTerms:
     terms = RunningTerms(check_each_step=False, checkpoint=None)
     for step, losses in enumerate(steps):
-        terms.check({name: torch.tensor(value) for name, value in losses.items()}, step)
-        for name, value in losses.items():
-            terms.add(name, torch.tensor(value))
+        terms.take({name: torch.tensor(value) for name, value in losses.items()}, step)
     return terms
 
 
