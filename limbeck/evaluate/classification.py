@@ -155,7 +155,7 @@ def _adaptive_ece(confidence_N: Tensor, error_N: Tensor, bins: int) -> Tensor:
 
 
 def _check(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
-    """The logits as float32, once they fit the labels."""
+    """The logits as float32 with a row maximum of 0, once they fit the labels."""
     if logits_NC.dim() != 2 or labels_N.shape != logits_NC.shape[:1] or not len(labels_N):
         raise UserError(
             f"Metrics need logits [N, C] and labels [N] with N > 0, got {list(logits_NC.shape)} and "
@@ -174,7 +174,8 @@ def _check(logits_NC: Tensor, labels_N: Tensor) -> Tensor:
     if not bool(finite_N.all()):
         bad = int((~finite_N).nonzero()[0])
         raise UserError(f"The logits of sample {bad} are not finite; the model diverged or its input holds NaN.")
-    return logits_NC
+    # A constant in a row says nothing; without it, logits that differ in nothing else rank exactly alike.
+    return logits_NC - logits_NC.amax(1, keepdim=True)
 
 
 def _inputs(value: Tensor | dict[str, Tensor], device: torch.device | str) -> Tensor | dict[str, Tensor]:
