@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from limbeck import catalog
-from limbeck.data import Data
 from limbeck.errors import UserError
-from limbeck.evaluate import Comparison
+from limbeck.evaluate import Comparison, Reliability
 from limbeck.files import write_text
 from limbeck.recipes import recipe as recipes
 from limbeck.recipes.data import describe
@@ -27,11 +26,27 @@ COSTS = {"train.learning_rate", "train.samples_per_second"}
 
 @dataclass
 class Page:
-    """What a comparison's report shows beside its table: of the first seed's runs."""
+    """The runs of a comparison as they finish: metrics of all of them, curves and calibration of each arm's first."""
 
-    curves: dict[str, list[Row]]
-    predictions: dict[str, Any]
-    data: Data | None = None
+    rows: dict[str, list[dict[str, float]]] = field(default_factory=dict)
+    curves: dict[str, list[Row]] = field(default_factory=dict)
+    calibration: dict[str, Reliability] = field(default_factory=dict)
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, arm: str, result: Result) -> str:
+        """Take in a run: its test metrics and the means of what it logged. Returns it in a few words."""
+        self.rows.setdefault(arm, []).append({**result.metrics, **_logged(result)})
+        if arm not in self.curves:
+            self.curves[arm] = result.fit.train + result.fit.validation
+            self.calibration[arm] = calibration(result)
+            self.configs[arm] = result.config
+            self.data = self.data or describe(result.data)
+        return f"accuracy {100 * result.metrics['accuracy']:5.1f} %, {result.fit.seconds:5.1f} s"
+
+    def comparison(self, seeds: Sequence[int]) -> Comparison:
+        """All metrics, arm by arm and seed by seed."""
+        return Comparison(self.rows, list(seeds), data=self.data, config={"arms": self.configs})
 
 
 def compare(
@@ -69,9 +84,7 @@ def measure(
     say: Callable[[str], None],
 ) -> tuple[Comparison, Page]:
     """All arms over all seeds; an arm's metrics of a seed are its test metrics and the means of what it logged."""
-    started, seeds = time.perf_counter(), list(seeds)
-    rows: dict[str, list[dict[str, float]]] = {arm: [] for arm in contents}
-    page = Page({}, {})
+    started, seeds, page = time.perf_counter(), list(seeds), Page()
     for seed in seeds:
         for arm, content in contents.items():
             result = run(
@@ -80,14 +93,8 @@ def measure(
                 allow_imports=allow_imports,
                 report=False,
             )
-            rows[arm].append({**result.metrics, **_logged(result)})
-            if seed == seeds[0]:
-                page.curves[arm] = result.fit.train + result.fit.validation
-                page.predictions[arm] = calibration(result)
-                page.data = result.data
-            say(f"{arm}, seed {seed}: accuracy {100 * result.metrics['accuracy']:.1f} %, {result.fit.seconds:.0f} s")
-    assert page.data is not None
-    comparison = Comparison(rows, seeds, data=describe(page.data), config={"arms": dict(contents)})
+            say(f"{arm}, seed {seed}: {page.add(arm, result)}")
+    comparison = page.comparison(seeds)
     comparison.seconds = time.perf_counter() - started
     return comparison, page
 
@@ -127,16 +134,15 @@ def prove(
 
 def write_page(path: Path, title: str, comparison: Comparison, page: Page, context: Sequence[str] = ()) -> None:
     """The report of a comparison."""
-    assert page.data is not None
-    sizes = ", ".join(f"{name} {value}" for name, value in describe(page.data).items())
+    sizes = ", ".join(f"{name} {value}" for name, value in page.data.items())
     write_report(
         path,
         title=title,
         comparison=comparison,
-        metrics=[name for name in (*COLUMNS,) if name in comparison.metrics()],
+        metrics=[name for name in COLUMNS if name in comparison.metrics()],
         context=context,
         curves=page.curves,
-        reliability=page.predictions,
+        reliability=page.calibration,
         configuration=yaml.safe_dump(comparison.config, sort_keys=False),
         notes=[f"Data: {sizes}. Curves and reliability diagrams are of the first seed."],
     )

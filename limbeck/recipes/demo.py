@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from limbeck.evaluate import Comparison
 from limbeck.files import write_text
 from limbeck.models import load_model
 from limbeck.recipes.compare import Page, write_page
-from limbeck.recipes.data import describe
 from limbeck.recipes.recipe import StreamSettings
-from limbeck.recipes.run import calibration, distill
+from limbeck.recipes.run import Result, distill
 from limbeck.train import Optimizer, Schedule, Trainer
 from limbeck.train.checkpoint import seed_everything
+
+Streams = dict[str, StreamSettings]
 
 STUDENT = {"channels": [8, 16, 16]}
 TEACHER = {"channels": [32, 64, 64]}
@@ -44,27 +45,17 @@ def demo(
 
 
 def _demo(folder: Path, seeds: int, say: Callable[[str], None]) -> Comparison:
-    rows: dict[str, list[dict[str, float]]] = {}
-    configs: dict[str, Any] = {}
-    page = Page({}, {})
+    page = Page()
     for seed in range(seeds):
         for arm, result in _runs(folder / f"seed-{seed}", seed):
-            rows.setdefault(arm, []).append(result.metrics)
-            if seed == 0:
-                page.curves[arm] = result.fit.train + result.fit.validation
-                page.predictions[arm] = calibration(result)
-                page.data = page.data or result.data
-                configs[arm] = result.config
-            accuracy = 100 * result.metrics["accuracy"]
-            say(f"seed {seed}: {arm:<24} accuracy {accuracy:5.1f} %, {result.fit.seconds:4.1f} s")
-    assert page.data is not None
-    comparison = Comparison(rows, list(range(seeds)), data=describe(page.data), config={"arms": configs})
+            say(f"seed {seed}: {arm:<24} {page.add(arm, result)}")
+    comparison = page.comparison(range(seeds))
     write_text(folder / "comparison.json", comparison.to_json())
     write_page(folder / "report.html", "Limbeck demo: digits", comparison, page, context=["teacher"])
     return comparison
 
 
-def _runs(folder: Path, seed: int) -> Any:
+def _runs(folder: Path, seed: int) -> Iterator[tuple[str, Result]]:
     """(arm, result) of one seed, one after another: all students start from the same weights."""
     data = load_data("digits", seed=seed)
     few = _few(data, seed)
@@ -78,8 +69,8 @@ def _runs(folder: Path, seed: int) -> Any:
     both = {"labelled": StreamSettings(32, SHIFT, cycle=True), "unlabelled": StreamSettings(64, SHIFT)}
 
     def train(
-        arm: str, method: str, on: Data, network: dict[str, Any], trainer: Trainer, streams: Any, **more: Any
-    ) -> Any:
+        arm: str, method: str, on: Data, network: dict[str, Any], trainer: Trainer, streams: Streams, **more: Any
+    ) -> Result:
         seed_everything(seed, "weights")
         net = load_model("small_cnn", num_classes=10, in_channels=1, config=network)
         path = folder / arm.replace(" ", "-").replace(",", "")

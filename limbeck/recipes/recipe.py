@@ -107,32 +107,22 @@ def override(recipe: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, A
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the keys of `change`, dictionaries merged key by key; another method replaces the whole section.
+    """The recipe `base` with the keys of `change`; naming another method replaces that whole section."""
+    change = dict(change)
+    if "method" in change:
+        method = {"name": change["method"]} if isinstance(change["method"], str) else change["method"]
+        if method.get("name", base["method"]["name"]) != base["method"]["name"]:
+            base = {**base, "method": {}}
+        change["method"] = method
+    return _merge(base, change)
 
-    None removes a key: `early_stop: null` goes back to the default.
-    """
+
+def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `change`, mappings merged key by key."""
     result = copy.deepcopy(dict(base))
     for key, value in change.items():
-        if key == "method":
-            value = {"name": value} if isinstance(value, str) else dict(value)
-            if value.get("name", result["method"]["name"]) != result["method"]["name"]:
-                result["method"] = value
-                continue
-        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
-            result[key] = merge_plain(result[key], value)
-        else:
-            result[key] = copy.deepcopy(value)
-    return result
-
-
-def merge_plain(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the keys of `change`, dictionaries merged key by key."""
-    result = copy.deepcopy(dict(base))
-    for key, value in change.items():
-        if isinstance(value, Mapping) and isinstance(result.get(key), Mapping):
-            result[key] = merge_plain(result[key], value)
-        else:
-            result[key] = copy.deepcopy(value)
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = _merge(result[key], value) if both else copy.deepcopy(value)
     return result
 
 

@@ -234,6 +234,8 @@ class Loop:
         return {name: _channels_last(value) for name, value in fields.items()}
 
     def _backward(self, part: str, losses: Losses) -> None:
+        if shared := losses.keys() & self.method.logged.keys():
+            raise ValueError(f"'{min(shared)}' is a loss term and was given to log too; give the logged value a name")
         self.sums.take(losses, self.clock.step)
         # Parts share graphs (a critic on the student's samples): only the yielded part's parameters get gradients.
         inputs = self.parts[part] if len(self.parts) > 1 else None

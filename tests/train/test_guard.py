@@ -132,3 +132,16 @@ def test_an_epoch_on_an_accelerator_ends_with_a_look_before_its_evaluation(monke
             evaluator=evaluator,
         )
     assert evaluated == [1]
+
+
+class Namesake(Classify):
+    """Logs a number under the name of a loss term: one column would mix the two."""
+
+    def training_step(self, batch):
+        self.log(size=1.0)
+        return super().training_step(batch)
+
+
+def test_a_logged_number_cannot_have_the_name_of_a_loss_term():
+    with pytest.raises(ValueError, match="'size' is a loss term"):
+        fit(Namesake(plain_net()), streams(), trainer())
