@@ -117,7 +117,7 @@ def export(known: argparse.Namespace, rest: list[str]) -> None:
 def _print_table(comparison: Any, title: str, context: Sequence[str] = ()) -> None:
     from rich.console import Console
 
-    from limbeck.recipes.compare import COLUMNS
+    from limbeck.recipes.run import COLUMNS
     from limbeck.report import comparison_table, rich_table
 
     wanted = [name for name in COLUMNS if name in comparison.metrics()]

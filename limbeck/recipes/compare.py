@@ -16,11 +16,10 @@ from limbeck.evaluate import Comparison, Reliability
 from limbeck.files import write_text
 from limbeck.recipes import recipe as recipes
 from limbeck.recipes.data import describe
-from limbeck.recipes.run import Result, calibration, run
+from limbeck.recipes.run import COLUMNS, Result, calibration, run
 from limbeck.report import write_report
 from limbeck.train.logs import Row
 
-COLUMNS = ("accuracy", "nll", "ece", "parameters", "latency_ms", "seconds")
 COSTS = {"train.learning_rate", "train.samples_per_second"}
 
 

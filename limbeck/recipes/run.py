@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ from limbeck.report import write_report
 from limbeck.teachers import Frozen, Teacher
 from limbeck.train import Fit, Method, Trainer, Workspace
 from limbeck.train.checkpoint import seed_everything
+
+COLUMNS = ("accuracy", "nll", "ece", "parameters", "latency_ms", "seconds")  # of tables and reports
 
 
 @dataclass
@@ -163,18 +166,27 @@ def _train(
     if rank() == 0:
         save_model(shipped, ws.path / "student")
         if report:
-            _write_report(result)
+            _write_report(result, teacher, evaluator)
     return result
 
 
-def _write_report(result: Result) -> None:
-    """The page of one run: metrics, curves, calibration, configuration."""
+def _write_report(result: Result, teacher: Teacher | None, evaluator: ClassificationEvaluator) -> None:
+    """The page of one run: metrics beside the teacher's, curves, calibration, size and latency, configuration."""
     name = str(result.config["method"]["name"])
+    arms = {name: [result.metrics]}
+    if isinstance(teacher, Frozen):
+        arms = {"teacher": [_test_metrics(teacher.to(torch.device("cpu")).model, result.data, evaluator)], **arms}
+    comparison = Comparison(arms, [result.config["seed"]], data=describe(result.data))
+    terms = [term for term in result.logged if term not in ("learning_rate", "samples_per_second")]
+    measured = [metric for metric in ("accuracy", "nll") if result.fit.validation]
     write_report(
         result.workspace / "report.html",
         title=f"{name} on {result.data.name}",
-        comparison=Comparison({name: [result.metrics]}, [result.config["seed"]], data=describe(result.data)),
+        comparison=comparison,
+        metrics=[metric for metric in COLUMNS if metric in comparison.metrics()],
+        context=[arm for arm in arms if arm != name],
         curves={name: result.fit.train + result.fit.validation},
+        curve_metrics=[*measured, *terms],
         reliability={name: calibration(result)},
         configuration=yaml.safe_dump(result.config, sort_keys=False),
     )
@@ -193,19 +205,22 @@ def _measure(
     file = ws.path / "result.json"
     if file.exists():
         return json.loads(file.read_text())
-    cost = measure_cost(shipped, example_of(data.test))
-    metrics = {
-        **evaluator(shipped, data.test),
+    metrics = {**_test_metrics(shipped, data, evaluator), "seconds": fit.seconds, "steps": fit.steps}
+    if rank() == 0:
+        write_text(file, json.dumps(metrics, indent=2) + "\n")
+    return metrics
+
+
+def _test_metrics(model: nn.Module, data: Data, evaluator: ClassificationEvaluator) -> dict[str, float]:
+    """Quality on the test data and cost of one sample."""
+    cost = measure_cost(model, example_of(data.test))
+    return {
+        **evaluator(model, data.test),
         "parameters": cost.parameters,
         "flops": cost.flops,
         "latency_ms": cost.latency_ms,
         "weight_bytes": cost.weight_bytes,
-        "seconds": fit.seconds,
-        "steps": fit.steps,
     }
-    if rank() == 0:
-        write_text(file, json.dumps(metrics, indent=2) + "\n")
-    return metrics
 
 
 def export(

@@ -36,7 +36,8 @@ def test_objects_of_ones_own_give_a_student_metrics_and_a_page(data, tmp_path):
     result = run(data, tmp_path)
     assert result.student(torch.rand(2, 1, 8, 8)).shape == (2, 10)
     assert 0 <= result.metrics["accuracy"] <= 1 and result.metrics["parameters"] > 0
-    assert (tmp_path / "out/report.html").is_file()
+    page = (tmp_path / "out/report.html").read_text()
+    assert ">teacher</" in page, "the teacher stands beside its student"
 
 
 def test_the_student_folder_holds_the_very_student(data, tmp_path):
