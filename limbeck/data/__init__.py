@@ -16,7 +16,7 @@ from limbeck.data.splits import (
 )
 from limbeck.data.streams import Stream
 from limbeck.data.text import tokenize
-from limbeck.data.views import Identity, MultiCrop, SimCLR, Strong, View, Weak, make_view
+from limbeck.data.views import Identity, MultiCrop, On, SimCLR, Strong, View, Weak, make_view
 
 __all__ = [
     "Data",
@@ -24,6 +24,7 @@ __all__ = [
     "Identity",
     "Mix",
     "MultiCrop",
+    "On",
     "Samples",
     "SimCLR",
     "Stream",

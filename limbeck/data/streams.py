@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from limbeck.data.samples import Samples
-from limbeck.data.views import View
+from limbeck.data.views import On, View
 from limbeck.errors import UserError
 
 
@@ -31,6 +31,8 @@ class Stream:
 
     `views` are applied by `render` to the field `view_field`, on the device, and stored under their names.
     The parameters of those views named in `record` are stored as `<view>_params`, to replay or keep them.
+    Samples with masks or boxes get `<view>_mask`, `<view>_boxes` and `<view>_box_labels` beside each view; a box
+    that a view leaves without area gets the label -1. A view made by `On` is applied to an earlier view.
     `workers` > 0 reads batches ahead in that many processes: for images that decode when they are asked for.
 
     Raises `UserError` at `open` where there are fewer samples than one step takes, unless `drop_last=False`
@@ -65,6 +67,8 @@ class Stream:
         unknown = [name for name in record if name not in self.views]
         if unknown:
             raise UserError(f"There is no view {unknown[0]!r} to record: the views are {', '.join(self.views)}.")
+        self.carried = tuple(name for name in _CARRIED if name in samples.fields)
+        self._check_views()
         self.record = tuple(record)
         self.epoch, self.position = 0, 0
         self.name: str | None = None
@@ -103,13 +107,33 @@ class Stream:
         """The batch, on its device, with images as float32 in [0,1] and every view under its name."""
         rendered = {name: _to_float(value) for name, value in batch.items()}
         for name, view in self.views.items():
-            images = rendered[self.view_field]
+            of = view.of if isinstance(view, On) else None
+            images = rendered[of or self.view_field]
+            params = view.draw(images)
+            rendered[name] = view.apply(images, params)
             if name in self.record:
-                params = rendered[f"{name}_params"] = view.draw(images)
-                rendered[name] = view.apply(images, params)
-            else:
-                rendered[name] = view(images)
+                rendered[f"{name}_params"] = params
+            prefix = f"{of}_" if of else ""
+            for field in self.carried:
+                rendered.update(_carry(field, name, prefix, view, rendered, params))
         return rendered
+
+    def _check_views(self) -> None:
+        """Refuse a view on top of one that there is not, and one that would tear masks or boxes from their pixels."""
+        names = list(self.views)
+        for place, (name, view) in enumerate(self.views.items()):
+            if isinstance(view, On) and view.of not in names[:place]:
+                raise UserError(
+                    f"The view {name!r} lies on the view {view.of!r}, which is not among the views before it "
+                    f"({', '.join(names[:place]) or 'none'}): name that one first."
+                )
+            inner = _inner(view)
+            for field in self.carried:
+                if not getattr(inner, "keeps_place", False) and not hasattr(inner, f"apply_{field}"):
+                    raise UserError(
+                        f"The view {name!r} ({type(inner).__name__}) moves pixels but cannot move the samples' {field}: "
+                        "use one that can, such as 'weak', or one that only recolours, such as 'photometric'."
+                    )
 
     def state_dict(self) -> dict[str, int]:
         """Where the stream stands, and what that place depends on."""
@@ -191,6 +215,28 @@ class Stream:
         while True:
             yield self._rows(epoch, position).tolist()
             epoch, position = self._after(epoch, position)
+
+
+_CARRIED = ("mask", "boxes")
+
+
+def _inner(view: View) -> View:
+    return view.view if isinstance(view, On) else view
+
+
+def _carry(field: str, name: str, prefix: str, view: View, batch: Mapping[str, Any], params: Any) -> dict[str, Tensor]:
+    """A mask or boxes as the view `name` shows them; `prefix` says on which view it lies."""
+    inner: Any = _inner(view)
+    value = batch[f"{prefix}{field}"]
+    moved = not getattr(inner, "keeps_place", False)
+    if field == "mask":
+        return {f"{name}_mask": inner.apply_mask(value, params) if moved else value}
+    label = batch[f"{prefix}box_labels"]
+    if moved:
+        value = inner.apply_boxes(value, params, *batch[name].shape[-2:])
+        width, height = (value[..., 2:] - value[..., :2]).unbind(-1)
+        label = torch.where((width > 0) & (height > 0), label, -1)
+    return {f"{name}_boxes": value, f"{name}_box_labels": label}
 
 
 class _Rows:

@@ -28,7 +28,12 @@ GREY_WEIGHTS = (0.299, 0.587, 0.114)  # ITU-R 601, as in Pillow's conversion
 
 
 class View(Protocol):
-    """What a stream applies to its images: [B,C,H,W] in [0,1] to [B,C,H',W'] (or [B,K,C,H',W']) in [0,1]."""
+    """What a stream applies to its images: [B,C,H,W] in [0,1] to [B,C,H',W'] (or [B,K,C,H',W']) in [0,1].
+
+    Masks and boxes go along with the pixels. A view that leaves every pixel in its place says so by
+    `keeps_place = True`; one that moves them has `apply_mask(mask_BHW, params)` and
+    `apply_boxes(boxes_BM4, params, height, width)`, or it can't be used for samples that have masks or boxes.
+    """
 
     def draw(self, images: Tensor) -> Params: ...
 
@@ -39,6 +44,8 @@ class View(Protocol):
 
 class Identity:
     """The images as they are."""
+
+    keeps_place = True
 
     def draw(self, images: Tensor) -> Params:
         """No parameters."""
@@ -85,6 +92,19 @@ class Weak:
         y, x = _reflect(y, height), _reflect(x, width)
         flat = (y[:, :, None] * width + x[:, None, :]).flatten(1)
         return images.flatten(2).gather(2, flat[:, None].expand(-1, images.shape[1], -1)).view(images.shape)
+
+    def apply_mask(self, mask: Tensor, params: Params) -> Tensor:
+        """[B,H,W] to [B,H,W]: each pixel's class goes where the pixel goes."""
+        return self.apply(mask[:, None], params)[:, 0]
+
+    def apply_boxes(self, boxes: Tensor, params: Params, height: int, width: int) -> Tensor:
+        """[B,M,4] to [B,M,4], clipped to the image; what the border reflects gets no box of its own."""
+        rows, columns = params["shift"][:, None].unbind(2)  # [B,1] each
+        left, top, right, bottom = boxes.unbind(2)
+        flip = params["flip"][:, None]
+        x1 = torch.where(flip, width + columns - right, left - columns).clamp(0, width)
+        x2 = torch.where(flip, width + columns - left, right - columns).clamp(0, width)
+        return torch.stack([x1, (top - rows).clamp(0, height), x2, (bottom - rows).clamp(0, height)], 2)
 
     def __call__(self, images: Tensor) -> Tensor:
         return self.apply(images, self.draw(images))
@@ -250,11 +270,32 @@ class SimCLR:
         return self.apply(images, self.draw(images))
 
 
+class On:
+    """A view on top of another view of the same sample, so that both share the other's geometry.
+
+    `On("weak", Photometric())` recolours what the stream's view `weak` shows; boxes and masks are those of `weak`.
+    """
+
+    def __init__(self, of: str, view: View) -> None:
+        self.of, self.view = of, view
+
+    def draw(self, images: Tensor) -> Params:
+        """The inner view's parameters."""
+        return self.view.draw(images)
+
+    def apply(self, images: Tensor, params: Params) -> Tensor:
+        """The inner view, applied to the images of the view `of`."""
+        return self.view.apply(images, params)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self.view(images)
+
+
 VIEWS = {"identity": Identity, "weak": Weak, "strong": Strong, "multi_crop": MultiCrop, "simclr": SimCLR}
 
 
-def make_view(name: str, **args: object) -> View:
-    """The view of this name with its constructor's arguments, as recipes give them.
+def make_view(name: str, *, of: str | None = None, **args: object) -> View:
+    """The view of this name with its constructor's arguments, as recipes give them; `of` another view: see `On`.
 
     Raises `UserError` for another name and for an argument that the view doesn't have.
     """
@@ -266,7 +307,8 @@ def make_view(name: str, **args: object) -> View:
     unknown = [arg for arg in args if arg not in known]
     if unknown:
         raise UserError(f"The view {name!r} has no argument {unknown[0]!r}, it has {', '.join(known) or 'none'}.")
-    return VIEWS[name](**args)
+    view: View = VIEWS[name](**args)
+    return On(of, view) if of else view
 
 
 # ---------------------------------------------------------------- RandAugment
