@@ -36,7 +36,7 @@ def demo(known: argparse.Namespace, rest: list[str]) -> None:
     from limbeck.recipes import demo as run_demo
 
     comparison = run_demo(known.workspace, seeds=known.seeds, say=_say)
-    _print_table(comparison, "Digits, test data: mean ± deviation", context=["teacher"])
+    _print_table(comparison, "kd", "Digits, test data: mean ± deviation", context=["teacher"])
     _say(f"report: {known.workspace}/report.html")
 
 
@@ -63,14 +63,19 @@ def run(known: argparse.Namespace, rest: list[str]) -> None:
         allow_imports=known.allow_imports,
         progress=sys.stderr.isatty() or known.progress,
     )
-    for name in ("accuracy", "nll", "ece"):
-        _say(f"test {name:<9} {result.metrics[name]:.4f}")
-    _say(f"{result.metrics['parameters']:,.0f} parameters, {result.metrics['latency_ms']:.2f} ms a sample")
+    costs = ("parameters", "flops", "latency_ms", "weight_bytes", "seconds", "steps")
+    shown = [name for name in (*result.task.columns, *result.metrics) if name in result.metrics and name not in costs]
+    for name in dict.fromkeys(shown):
+        _say(f"test {name:<20} {result.metrics[name]:.4f}")
+    latency = f", {result.metrics['latency_ms']:.2f} ms a sample" if "latency_ms" in result.metrics else ""
+    _say(f"{result.metrics['parameters']:,.0f} parameters{latency}, {result.metrics['seconds']:.0f} s of training")
     _say(f"student: {result.workspace}/student   report: {result.workspace}/report.html")
 
 
 def compare(known: argparse.Namespace, rest: list[str]) -> None:
+    from limbeck.recipes import columns_of
     from limbeck.recipes import compare as run_compare
+    from limbeck.report import column_of
 
     comparison = run_compare(
         known.recipes,
@@ -80,13 +85,14 @@ def compare(known: argparse.Namespace, rest: list[str]) -> None:
         allow_imports=known.allow_imports,
         say=_say,
     )
-    _print_table(comparison, "Test data: mean ± deviation")
+    _print_table(comparison, known.recipes[0], "Test data: mean ± deviation")
     first, *others = comparison.arms
+    main = column_of(columns_of(known.recipes[0])[0])
     for arm in others:
-        paired = comparison.paired(arm, first, "accuracy")
-        line = f"{arm} against {first}: accuracy {100 * paired.difference:+.2f} points"
+        paired = comparison.paired(arm, first, main.metric)
+        line = f"{arm} against {first}: {main.title} {main.scale * paired.difference:+.4g} {main.unit}".rstrip()
         if paired.p is not None and paired.low is not None and paired.high is not None:
-            interval = f"{100 * paired.low:+.2f} to {100 * paired.high:+.2f}"
+            interval = f"{main.scale * paired.low:+.4g} to {main.scale * paired.high:+.4g}"
             line += f" (95 % interval {interval}, paired t-test p = {paired.p:.2g})"
         _say(line)
     _say(f"report: {known.workspace}/report.html")
@@ -96,7 +102,7 @@ def prove(known: argparse.Namespace, rest: list[str]) -> None:
     from limbeck.recipes import prove as run_prove
 
     comparison = run_prove(known.slug, seeds=known.seeds, workspace=known.workspace, results=known.results, say=_say)
-    _print_table(comparison, f"{known.slug}: mean ± deviation over {len(comparison.seeds)} seeds")
+    _print_table(comparison, known.slug, f"{known.slug}: mean ± deviation over {len(comparison.seeds)} seeds")
     for verdict in comparison.verdicts():
         p = "" if verdict.p is None else f", p = {verdict.p:.2g}"
         holds = "holds" if verdict.holds else "does NOT hold"
@@ -114,13 +120,14 @@ def export(known: argparse.Namespace, rest: list[str]) -> None:
         _say(f"{name:<13} {path}")
 
 
-def _print_table(comparison: Any, title: str, context: Sequence[str] = ()) -> None:
+def _print_table(comparison: Any, recipe: str, title: str, context: Sequence[str] = ()) -> None:
+    """The comparison with the columns of the recipe's task."""
     from rich.console import Console
 
-    from limbeck.recipes.run import COLUMNS
+    from limbeck.recipes import columns_of
     from limbeck.report import comparison_table, rich_table
 
-    wanted = [name for name in COLUMNS if name in comparison.metrics()]
+    wanted = [name for name in columns_of(recipe) if name in comparison.metrics()]
     Console(width=None if sys.stdout.isatty() else 140).print(
         rich_table(comparison_table(comparison, wanted, context), title)
     )
@@ -159,12 +166,13 @@ class _RunHelp(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
         parser.print_help()
         if getattr(namespace, "recipe", None):
-            from limbeck.recipes.recipe import method_class, parser_of, read
+            from limbeck.recipes.recipe import method_class, parser_of, read, task_of
 
             try:
-                name = read(namespace.recipe)["method"]["name"]
+                content = read(namespace.recipe)
+                name = content["method"]["name"]
                 print(f"\nkeys of a recipe for {name}, each also a setting (--key value):\n")
-                parser_of(method_class(name)).print_help()
+                parser_of(method_class(name), task_of(content, name)).print_help()
             except UserError as error:
                 parser.exit(2, f"limbeck: {error}\n")
         parser.exit()
@@ -190,7 +198,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
     one = add("methods", methods, "find a system by words and by what you have")
     one.add_argument("words", nargs="*", help="words of its name, paper or purpose")
-    one.add_argument("--task", help="such as classification, detection, language-model")
+    one.add_argument("--task", help="such as classification, detection, language-modelling")
     one.add_argument("--labels", help="full, few or none")
     one.add_argument("--teacher", help="such as frozen, ema, self, none")
 

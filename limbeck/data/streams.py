@@ -84,6 +84,8 @@ class Stream:
             )
         self.name, self.seed, self.rank, self.world_size = name, seed, rank, world_size
         self.epoch, self.position = 0, 0
+        for view in self._remembering().values():
+            view.reset()
         self._permutations: dict[int, Tensor] = {}
         self._ahead: Iterator[dict] | None = None
         self._pin = torch.cuda.is_available()
@@ -95,6 +97,12 @@ class Stream:
         per_step = self.batch_size * self.world_size
         whole = len(self.samples) // per_step
         return whole if self.drop_last and not self.cycle else -(-len(self.samples) // per_step)
+
+    @property
+    def moved_fields(self) -> list[str]:
+        """Names of the masks and boxes that stand beside each view: `weak_mask`, `weak_boxes`, `weak_box_labels`."""
+        fields = [*self.carried, *(["box_labels"] if "boxes" in self.carried else [])]
+        return [f"{view}_{field}" for view in self.views for field in fields]
 
     def next(self) -> dict:
         """The next batch, on the host (pinned where there is CUDA); goes on into the next epoch."""
@@ -109,6 +117,9 @@ class Stream:
         for name, view in self.views.items():
             of = view.of if isinstance(view, On) else None
             images = rendered[of or self.view_field]
+            if name not in self.record and not self.carried:
+                rendered[name] = view(images)
+                continue
             params = view.draw(images)
             rendered[name] = view.apply(images, params)
             if name in self.record:
@@ -129,18 +140,20 @@ class Stream:
                 )
             inner = _inner(view)
             for field in self.carried:
-                if not getattr(inner, "keeps_place", False) and not hasattr(inner, f"apply_{field}"):
+                if not getattr(inner, "keeps_place", False) and not hasattr(inner, _mover(field)):
                     raise UserError(
                         f"The view {name!r} ({type(inner).__name__}) moves pixels but cannot move the samples' {field}: "
                         "use one that can, such as 'weak', or one that only recolours, such as 'photometric'."
                     )
 
-    def state_dict(self) -> dict[str, int]:
-        """Where the stream stands, and what that place depends on."""
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, what that place depends on, and what views remember (`log_mixup` does)."""
         self._require_open()
-        return {"epoch": self.epoch, "position": self.position, **self._identity()}
+        remembered = {name: view.state_dict() for name, view in self._remembering().items()}
+        views = {"views": remembered} if remembered else {}
+        return {"epoch": self.epoch, "position": self.position, **self._identity(), **views}
 
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a saved place. Raises `UserError` where it belongs to another set, seed or batch size."""
         self._require_open()
         differing = [k for k, v in self._identity().items() if state.get(k) != v]
@@ -151,7 +164,14 @@ class Stream:
                 f"{key}={self._identity()[key]}: resume with the same, or start anew."
             )
         self.epoch, self.position = int(state["epoch"]), int(state["position"])
+        for name, view in self._remembering().items():
+            view.load_state_dict(state["views"][name])
         self._ahead = None
+
+    def _remembering(self) -> dict[str, Any]:
+        """The views that remember something of what they have seen."""
+        inner = {name: _inner(view) for name, view in self.views.items()}
+        return {name: view for name, view in inner.items() if hasattr(view, "state_dict")}
 
     def _identity(self) -> dict[str, int]:
         sizes = {"samples": len(self.samples), "batch_size": self.batch_size}
@@ -217,7 +237,12 @@ class Stream:
             epoch, position = self._after(epoch, position)
 
 
-_CARRIED = ("mask", "boxes")
+_CARRIED = ("mask", "hidden_mask", "boxes")
+
+
+def _mover(field: str) -> str:
+    """The method of a view that moves this field."""
+    return "apply_boxes" if field == "boxes" else "apply_mask"
 
 
 def _inner(view: View) -> View:
@@ -229,8 +254,8 @@ def _carry(field: str, name: str, prefix: str, view: View, batch: Mapping[str, A
     inner: Any = _inner(view)
     value = batch[f"{prefix}{field}"]
     moved = not getattr(inner, "keeps_place", False)
-    if field == "mask":
-        return {f"{name}_mask": inner.apply_mask(value, params) if moved else value}
+    if field != "boxes":
+        return {f"{name}_{field}": inner.apply_mask(value, params) if moved else value}
     label = batch[f"{prefix}box_labels"]
     if moved:
         value = inner.apply_boxes(value, params, *batch[name].shape[-2:])

@@ -9,39 +9,47 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from matplotlib.figure import Figure
 
 from limbeck import catalog
 from limbeck.errors import UserError
 from limbeck.evaluate import Comparison, Reliability
 from limbeck.files import write_text
 from limbeck.recipes import recipe as recipes
-from limbeck.recipes.data import describe
-from limbeck.recipes.run import COLUMNS, Result, calibration, run
-from limbeck.report import write_report
+from limbeck.recipes.run import MACHINE, Result, run
+from limbeck.recipes.tasks.task import describe
+from limbeck.report import column_of, write_report
 from limbeck.train.logs import Row
-
-COSTS = {"train.learning_rate", "train.samples_per_second"}
 
 
 @dataclass
 class Page:
-    """The runs of a comparison as they finish: metrics of all of them, curves and calibration of each arm's first."""
+    """The runs of a comparison as they finish: metrics of all of them, and of each arm's first run the curves, the
+    calibration and what people look at."""
 
     rows: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     curves: dict[str, list[Row]] = field(default_factory=dict)
     calibration: dict[str, Reliability] = field(default_factory=dict)
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
+    columns: tuple[str, ...] = ()
+    figures: dict[str, Figure] = field(default_factory=dict)
 
     def add(self, arm: str, result: Result) -> str:
         """Take in a run: its test metrics and the means of what it logged. Returns it in a few words."""
         self.rows.setdefault(arm, []).append({**result.metrics, **_logged(result)})
         if arm not in self.curves:
             self.curves[arm] = result.fit.train + result.fit.validation
-            self.calibration[arm] = calibration(result)
+            if diagram := result.task.reliability(result.student, result.data):
+                self.calibration[arm] = diagram
             self.configs[arm] = result.config
             self.data = self.data or describe(result.data)
-        return f"accuracy {100 * result.metrics['accuracy']:5.1f} %, {result.fit.seconds:5.1f} s"
+            self.columns = self.columns or result.task.columns
+            shown = result.task.exhibits(result.student, result.data)
+            self.figures.update({f"{arm}: {caption}": figure for caption, figure in shown.items()})
+        main = column_of(result.task.columns[0])
+        value = f"{main.number(result.metrics[main.metric])} {main.unit}".strip()
+        return f"{main.title} {value}, {result.metrics['seconds']:5.1f} s"
 
     def comparison(self, seeds: Sequence[int]) -> Comparison:
         """All metrics, arm by arm and seed by seed."""
@@ -91,6 +99,7 @@ def measure(
                 workspace=workspace / _folder(arm) / f"seed-{seed}",
                 allow_imports=allow_imports,
                 report=False,
+                shared=workspace / "networks",
             )
             say(f"{arm}, seed {seed}: {page.add(arm, result)}")
     comparison = page.comparison(seeds)
@@ -138,10 +147,11 @@ def write_page(path: Path, title: str, comparison: Comparison, page: Page, conte
         path,
         title=title,
         comparison=comparison,
-        metrics=[name for name in COLUMNS if name in comparison.metrics()],
+        metrics=[name for name in page.columns if name in comparison.metrics()],
         context=context,
         curves=page.curves,
         reliability=page.calibration,
+        figures=page.figures,
         configuration=yaml.safe_dump(comparison.config, sort_keys=False),
         notes=[f"Data: {sizes}. Curves and reliability diagrams are of the first seed."],
     )
@@ -150,7 +160,7 @@ def write_page(path: Path, title: str, comparison: Comparison, page: Page, conte
 def _logged(result: Result) -> dict[str, float]:
     """Means over the run of what the method logged, as `train.<name>`."""
     named = {f"train.{name}": value for name, value in result.logged.items()}
-    return {name: value for name, value in named.items() if name not in COSTS}
+    return {name: value for name, value in named.items() if not name.endswith(MACHINE)}
 
 
 def _folder(arm: str) -> str:

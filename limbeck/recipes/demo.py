@@ -15,9 +15,8 @@ from limbeck.evaluate import Comparison
 from limbeck.files import write_text
 from limbeck.models import load_model
 from limbeck.recipes.compare import Page, write_page
-from limbeck.recipes.recipe import StreamSettings
 from limbeck.recipes.run import Result, distill
-from limbeck.train import Optimizer, Schedule, Trainer
+from limbeck.train import Optimizer, Schedule, StreamSettings, Trainer
 from limbeck.train.checkpoint import seed_everything
 
 Streams = dict[str, StreamSettings]

@@ -1,8 +1,10 @@
 """Recipes: YAML in which every key is an argument of a function or class, read, checked and merged.
 
-A recipe has the sections `method` (a slug, or `name` and the constructor's arguments), `data` (`load_data`), `student`
-and `teacher` (`load_model`), `streams` (one a stream that the method declares), `trainer` (`Trainer`), `seed`, and the
-`claim` that `limbeck prove` measures. The signatures are the interface: an unknown key is an error that names it.
+A recipe has the sections `method` (a slug, or `name` and its arguments), `data` (how the task loads its data), one for
+each network that the system takes (`student`, `teacher`: how the task loads a network, or `run`, a recipe that trains
+it first), `seed`, and the `claim` that `limbeck prove` measures. A `Method` has `streams` (one a stream that it
+declares) and a `trainer`; a system of several stages has `stages`, each with its own `trainer` and `streams`. `task` is
+only needed for systems from outside. The signatures are the interface: an unknown key is an error that names it.
 """
 
 from __future__ import annotations
@@ -11,36 +13,21 @@ import copy
 import difflib
 import inspect
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_origin, get_type_hints
 
 import yaml
 
 from limbeck import catalog
 from limbeck.errors import UserError
 
+if TYPE_CHECKING:
+    from limbeck.recipes.tasks import Task
+
 FOLDER = Path(__file__).parent
-SECTIONS = ("method", "data", "student", "teacher", "streams", "trainer", "seed", "claim")
-
-
-@dataclass(frozen=True)
-class StreamSettings:
-    """Batches of one stream.
-
-    Args:
-        batch_size: samples of one process in one step.
-        views: name of each view, and which one it is: a name (`weak`) or a name with arguments
-            (`{name: weak, padding: 4}`).
-        cycle: repeat a set that is smaller than a batch, or not a multiple of it, without dropping samples.
-        workers: processes that decode images which do not fit into memory.
-    """
-
-    batch_size: int = 64
-    views: dict[str, Any] = field(default_factory=lambda: {"weak": "identity"})
-    cycle: bool = False
-    workers: int = 0
+SECTIONS = ("method", "task", "data", "streams", "trainer", "stages", "seed", "claim")  # beside those of networks
 
 
 def read(recipe: str | Path | Mapping[str, Any]) -> dict[str, Any]:
@@ -62,12 +49,7 @@ def read(recipe: str | Path | Mapping[str, Any]) -> dict[str, Any]:
             where = f" in line {place.line + 1}" if place else ""
             raise UserError(f"{path} is no valid YAML{where}; {getattr(error, 'problem', None) or error}") from None
     if not isinstance(content, dict):
-        raise UserError(f"{name} is no mapping of sections ({', '.join(SECTIONS)})")
-    for key in content:
-        if key not in SECTIONS:
-            raise UserError(
-                f"{name} has the unknown section '{key}'{nearest(key, SECTIONS)}; it may have {', '.join(SECTIONS)}"
-            )
+        raise UserError(f"{name} is no mapping of sections ({', '.join(SECTIONS)}, and a network's, such as student)")
     if "method" not in content:
         raise UserError(f"{name} names no method; add a line such as 'method: kd'")
     if isinstance(content["method"], str):
@@ -127,14 +109,68 @@ def _merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]
 
 
 def fit_to_method(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe without the teacher and the streams that its method does not use, for the arms of a comparison."""
+    """The recipe without the networks, streams and stages that its method does not use, for a comparison's arms."""
     result = copy.deepcopy(dict(recipe))
     method = method_class(result["method"]["name"])
-    if "teacher" not in inspect.signature(method).parameters:
-        result.pop("teacher", None)
+    known = {*Interface.of(method).sections, "method", "task", "data", "seed", "claim"}
+    result = {section: content for section, content in result.items() if section in known}
     if "streams" in result:
         result["streams"] = {name: value for name, value in result["streams"].items() if name in method.streams}
+    if "stages" in result:
+        stages = Interface.of(method).stages
+        result["stages"] = {name: value for name, value in result["stages"].items() if name in stages}
     return result
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What a system's signature asks a recipe for: sections of networks, stages, and plain arguments.
+
+    A network's section is a parameter that is annotated as `nn.Module` (a network) or `Teacher` (a frozen one).
+    """
+
+    system: Any
+    networks: dict[str, type]
+    stages: tuple[str, ...]
+    objects: tuple[str, ...]  # parameters that are no keys of `method`: the above, tensors, workspace and data
+    optional: tuple[str, ...]  # networks that may be left out
+
+    @classmethod
+    def of(cls, system: Any) -> Interface:
+        """Read the signature of a `Method` class, or of a function over a `Workspace`."""
+        from torch import Tensor, nn
+
+        from limbeck.data import Data
+        from limbeck.teachers import Teacher
+        from limbeck.train import Stage, Workspace
+
+        function: Any = vars(system).get("__init__") if isinstance(system, type) else system
+        hints = get_type_hints(function)
+        hints.pop("return", None)
+        defaults = inspect.signature(function).parameters
+        networks: dict[str, type] = {}
+        stages, objects = [], []
+        for name, hint in hints.items():
+            kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
+            for kind in (nn.Module, Teacher):
+                if any(issubclass(each, kind) for each in kinds):
+                    networks[name] = kind
+            if Stage in kinds:
+                stages.append(name)
+            if any(issubclass(each, Tensor | nn.Module | Teacher | Stage | Workspace | Data) for each in kinds):
+                objects.append(name)
+        optional = [name for name in networks if defaults[name].default is not inspect.Parameter.empty]
+        return cls(system, networks, tuple(stages), tuple(objects), tuple(optional))
+
+    @property
+    def is_method(self) -> bool:
+        """Whether the system is one `Method`, and no function of several stages."""
+        return isinstance(self.system, type)
+
+    @property
+    def sections(self) -> tuple[str, ...]:
+        """The sections that depend on the system."""
+        return (*self.networks, *(("streams", "trainer") if self.is_method else ("stages",)))
 
 
 def method_class(name: str, allow_imports: bool = False) -> Any:
@@ -142,6 +178,11 @@ def method_class(name: str, allow_imports: bool = False) -> Any:
     if ":" in name:
         return import_object(name, allow_imports)
     return catalog.load(name)
+
+
+def bind(system: Any, *positional: Any, **named: Any) -> None:
+    """Raise `TypeError` where a system's signature does not take these arguments, before it does any work."""
+    inspect.signature(system).bind(*positional, **named)
 
 
 def import_object(name: str, allow_imports: bool) -> Any:
@@ -177,59 +218,109 @@ def refuse_foreign_classes(value: Any, allow_imports: bool, where: str = "") -> 
             refuse_foreign_classes(inner, allow_imports, f"{where}[{number}]")
 
 
-def parser_of(method: Any) -> Any:
-    """The jsonargparse parser of a method's recipes: one argument for each key, with types, defaults and help."""
+def parser_of(method: Any, task: Task, without: Collection[str] = ()) -> Any:
+    """The jsonargparse parser of a system's recipes: one argument for each key, with types, defaults and help.
+
+    `without` names sections of networks that the recipe does not describe.
+    """
     from jsonargparse import ArgumentParser
 
-    from limbeck.data import load_data
-    from limbeck.models import load_model
-    from limbeck.recipes.data import NOT_IN_RECIPES, harder, tokenized
-    from limbeck.train import Trainer
+    from limbeck.train import StreamSettings, Trainer
 
+    interface = Interface.of(method)
     parser = ArgumentParser(prog="limbeck run", exit_on_error=False, default_env=False)
     parser.add_argument("--seed", type=int, default=0, help="of splits, initial weights, order and views")
+    parser.add_argument("--task", type=str, default=task.name, help="what is done; known for a system by its slug")
     parser.add_argument("--method.name", type=str, required=True, help="slug of the system")
-    parser.add_class_arguments(method, "method", skip={*_objects(method)}, instantiate=False)
-    parser.add_function_arguments(load_data, "data", skip={*NOT_IN_RECIPES})
-    parser.add_function_arguments(harder, "data", as_group=False, skip={"data", "seed"})
-    parser.add_function_arguments(tokenized, "data", as_group=False, skip={"data"})
-    parser.add_function_arguments(load_model, "student")
-    if "teacher" in inspect.signature(method).parameters:
-        parser.add_function_arguments(load_model, "teacher")
-    for stream in method.streams:
-        parser.add_class_arguments(StreamSettings, f"streams.{stream}")
-    parser.add_class_arguments(Trainer, "trainer", skip={"seed"})
+    add_method = parser.add_class_arguments if interface.is_method else parser.add_function_arguments
+    add_method(method, "method", skip={*interface.objects}, **({"instantiate": False} if interface.is_method else {}))
+    task.add_data_arguments(parser)
+    for section in interface.networks.keys() - set(without):
+        parser.add_function_arguments(task.load_model, section)
+        parser.add_argument(f"--{section}.run", type=str, help="recipe that trains this network first")
+    if interface.is_method:
+        for stream in method.streams:
+            parser.add_class_arguments(StreamSettings, f"streams.{stream}")
+        parser.add_class_arguments(Trainer, "trainer", skip={"seed"})
+    for stage in interface.stages:
+        parser.add_class_arguments(Trainer, f"stages.{stage}.trainer", skip={"seed"})
+        parser.add_argument(f"--stages.{stage}.streams", type=dict[str, StreamSettings], default={}, help="by name")
     return parser
 
 
-def _objects(method: Any) -> list[str]:
-    """Arguments of a method that are networks, teachers or tensors: objects, which YAML text must not bring to life."""
-    from torch import Tensor, nn
+@dataclass(frozen=True)
+class Parsed:
+    """A recipe that was checked: the system, its task, its settings, and the networks that recipes train first."""
 
-    from limbeck.teachers import Teacher
+    system: Any
+    interface: Interface
+    task: Task
+    settings: Any
+    trained: dict[str, Any]
 
-    hints = get_type_hints(method.__init__)
-    kinds = {name: [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)] for name, hint in hints.items()}
-    return [name for name, found in kinds.items() if any(issubclass(k, Tensor | nn.Module | Teacher) for k in found)]
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The plain arguments of the system."""
+        return {key: value for key, value in plain(self.settings.method).items() if key != "name"}
 
 
-def parse(recipe: Mapping[str, Any], allow_imports: bool = False) -> tuple[Any, Any]:
-    """The method's class and the checked settings of a recipe (without its claim), with `Trainer` and streams built.
+def parse(recipe: Mapping[str, Any], allow_imports: bool = False) -> Parsed:
+    """The system and the checked settings of a recipe (without its claim), with trainers and streams built.
 
     Raises:
         UserError: a key is unknown (with the nearest one), a value has the wrong type, or foreign code is named.
     """
     refuse_foreign_classes(recipe, allow_imports)
-    method = method_class(str(recipe["method"].get("name", "")), allow_imports)
-    parser = parser_of(method)
+    name = str(recipe["method"].get("name", ""))
+    method = method_class(name, allow_imports)
+    task = task_of(recipe, name)
+    interface = Interface.of(method)
+    parser = parser_of(method, task)
     settings = {key: expand(value) for key, value in recipe.items() if key != "claim"}
     _check_keys(settings, parser)
+    trained = {section: settings.pop(section)["run"] for section in interface.networks if _runs(settings, section)}
+    absent = {section for section in interface.networks if section not in settings}
+    if missing := absent - {*trained, *interface.optional}:
+        raise UserError(f"{name} needs the network '{min(missing)}'; add a section '{min(missing)}' to the recipe")
     from jsonargparse import ArgumentError
 
     try:
-        return method, parser.instantiate(parser.parse_object(settings, defaults=True))
+        parser = parser_of(method, task, absent)
+        built = parser.instantiate(parser.parse_object(settings, defaults=True))
     except (ArgumentError, TypeError, KeyError) as error:
         raise UserError(f"the recipe does not fit: {_one_line(error)}") from None
+    return Parsed(method, interface, task, built, trained)
+
+
+def _runs(settings: Mapping[str, Any], section: str) -> bool:
+    """Whether a network's section names a recipe that trains it."""
+    content = settings.get(section)
+    if not content or content.get("run") is None:
+        return False
+    if len(content) > 1:
+        other = min(set(content) - {"run"})
+        raise UserError(f"{section} has both 'run' and '{other}'; a network that a recipe trains is described there")
+    return True
+
+
+def task_of(recipe: Mapping[str, Any], name: str) -> Task:
+    """The task that the recipe names, or that of its system's card."""
+    from limbeck.recipes.tasks import find_task
+
+    if "task" in recipe:
+        return find_task(str(recipe["task"]))
+    return find_task("classification" if ":" in name else catalog.system(name).task.split(",")[0].strip())
+
+
+def columns_of(recipe: str | Path | Mapping[str, Any]) -> tuple[str, ...]:
+    """The metrics that a recipe's tables show, the main one first."""
+    content = read(recipe)
+    return task_of(content, content["method"]["name"]).columns
+
+
+def plain(namespace: Any) -> dict[str, Any]:
+    """Parsed settings as a dict."""
+    return namespace.as_dict() if hasattr(namespace, "as_dict") else dict(namespace)
 
 
 def expand(value: Any) -> Any:
@@ -253,8 +344,10 @@ def _check_keys(settings: Mapping[str, Any], parser: Any) -> None:
     for section, content in settings.items():
         inside = {n.removeprefix(f"{section}."): kind for n, kind in kinds.items() if n.startswith(f"{section}.")}
         if section not in kinds and not inside:
+            known = sorted({name.split(".")[0] for name in kinds})
             raise UserError(
-                f"the method {settings['method']['name']} has no use for the section '{section}'; remove it"
+                f"{settings['method']['name']} has no use for the section '{section}'{nearest(section, known)}; "
+                f"it has {', '.join(known)}"
             )
         if inside:
             _check_section(section, content, inside)
@@ -274,7 +367,12 @@ def _check_section(section: str, content: Any, inside: Mapping[str, Any]) -> Non
             )
         if value is not None:
             deeper = {n.removeprefix(f"{key}."): kind for n, kind in inside.items() if n.startswith(f"{key}.")}
-            deeper |= dict.fromkeys(_settings_of(inside.get(key)))
+            kind = inside.get(key)
+            if get_origin(kind) is dict and (known := _settings_of(get_args(kind)[1])):  # free names, known settings
+                for free, settings in value.items() if isinstance(value, Mapping) else ():
+                    _check_section(f"{section}.{key}.{free}", settings, dict.fromkeys(known))
+                continue
+            deeper |= dict.fromkeys(_settings_of(kind))
             if deeper:
                 _check_section(f"{section}.{key}", value, deeper)
 

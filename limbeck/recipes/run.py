@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -10,25 +11,25 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import nn
 
 from limbeck import catalog
-from limbeck.data import Data, Stream
-from limbeck.data.views import make_view
+from limbeck.data import Data, load_data
 from limbeck.distributed import rank
 from limbeck.errors import UserError
-from limbeck.evaluate import ClassificationEvaluator, Comparison, Reliability, predict, reliability
+from limbeck.evaluate import Comparison
 from limbeck.files import write_text
-from limbeck.models import check_onnx, count_parameters, export_model, load_model, measure_cost, save_model
+from limbeck.models import check_onnx, count_parameters, export_model, load_model, save_model
 from limbeck.recipes import recipe as recipes
-from limbeck.recipes.data import as_data, describe, example_of, input_field, prepare_data, stream_samples
-from limbeck.recipes.recipe import StreamSettings
-from limbeck.report import write_report
+from limbeck.recipes.recipe import Interface, Parsed, plain
+from limbeck.recipes.tasks import Task
+from limbeck.recipes.tasks.task import describe
+from limbeck.report import draw, write_report
 from limbeck.teachers import Frozen, Teacher
-from limbeck.train import Fit, Method, Trainer, Workspace
+from limbeck.train import Fit, Method, Stage, StreamSettings, Trainer, Workspace
 from limbeck.train.checkpoint import seed_everything
 
-COLUMNS = ("accuracy", "nll", "ece", "parameters", "latency_ms", "seconds")  # of tables and reports
+MACHINE = ("learning_rate", "samples_per_second")  # logged, but no measure of the method
 
 
 @dataclass
@@ -36,18 +37,25 @@ class Result:
     """What a run leaves behind.
 
     `metrics` are those of the shipped student on the test data, together with its parameters, floating-point
-    operations, latency in milliseconds (one sample), bytes of weights, and the seconds of training. `logged` holds the
-    run's mean of everything that the method logged.
+    operations, latency in milliseconds (one sample), bytes of weights, the seconds of all stages, and what the system
+    measured of itself. `logged` holds the run's mean of everything that the methods logged, as `<stage>.<name>` where
+    there are several stages. `method` is None for a system of several stages.
     """
 
     student: nn.Module
-    method: Method
+    method: Method | None
     metrics: dict[str, float]
     logged: dict[str, float]
-    fit: Fit
+    fits: dict[str, Fit]
     data: Data
     workspace: Path
+    task: Task
     config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def fit(self) -> Fit:
+        """What the last training stage left behind."""
+        return list(self.fits.values())[-1] if self.fits else Fit()
 
 
 def run(
@@ -58,6 +66,7 @@ def run(
     allow_imports: bool = False,
     progress: bool = False,
     report: bool = True,
+    shared: Path | None = None,
 ) -> Result:
     """Train what a recipe describes, evaluate it on the test data, and write the student and a report.
 
@@ -66,6 +75,8 @@ def run(
         settings: dotted keys to set, e.g. `{"trainer.epochs": 3}`.
         workspace: folder of the run; by default `runs/<recipe>`. A run that was broken off goes on there.
         allow_imports: let the recipe name code from outside Limbeck.
+        shared: folder of the networks that other recipes train first, by default below the workspace; a network that
+            lies there already is taken as it is.
 
     Raises:
         UserError: the recipe does not fit, names what is not there, or the workspace belongs to another one.
@@ -73,31 +84,83 @@ def run(
     content = recipes.override(recipes.read(recipe), settings or {})
     content.pop("claim", None)
     content.setdefault("seed", 0)
-    method, parsed = recipes.parse(content, allow_imports)
+    parsed = recipes.parse(content, allow_imports)
+    seed = parsed.settings.seed
     name = recipe if isinstance(recipe, str | Path) else content["method"]["name"]
-    trainer = replace(parsed.trainer, seed=parsed.seed, progress=progress)
-    fabric = trainer.fabric()
-    ws = _workspace(workspace or Path("runs") / Path(name).stem, content, parsed.seed, fabric)
-    data = prepare_data(_plain(parsed.data), parsed.seed)
-    arguments = {key: value for key, value in _plain(parsed.method).items() if key != "name"}
-    teacher = None
-    if "teacher" in parsed:
-        teacher = Frozen(_model(parsed.teacher, data, allow_imports, teacher=True))
-    seed_everything(parsed.seed, "student")
-    student = _model(parsed.student, data, allow_imports, teacher=False)
-    streams = vars(parsed.streams)
-    return _train(ws, method, arguments, data, student, teacher, streams, trainer, content, report)
+    path = Path(workspace or Path("runs") / Path(name).stem)
+    trainers = _trainers(parsed, seed, progress)
+    fabric = next(iter(trainers.values())).fabric()
+    ws = Workspace(path, content, seed=seed, fabric=fabric)
+    data = parsed.task.prepare_data(plain(parsed.settings.data), seed)
+    networks = _networks(parsed, data, shared or path / "networks", allow_imports, progress)
+    data = parsed.task.attach(data, networks)
+    seed_everything(seed, "workspace")
+    if parsed.interface.is_method:
+        streams = vars(parsed.settings.streams)
+        return _train(
+            ws,
+            parsed.system,
+            networks,
+            parsed.arguments,
+            data,
+            streams,
+            trainers["student"],
+            parsed.task,
+            content,
+            report,
+        )
+    stages = {stage: Stage(trainers[stage], getattr(parsed.settings.stages, stage).streams) for stage in trainers}
+    return _run_stages(ws, parsed.system, networks, {**parsed.arguments, **stages}, data, parsed.task, content, report)
+
+
+def _trainers(parsed: Parsed, seed: int, progress: bool) -> dict[str, Trainer]:
+    """The trainer of every stage; a single `Method` is the stage `student`."""
+    if parsed.interface.is_method:
+        found = {"student": parsed.settings.trainer}
+    else:
+        found = {stage: getattr(parsed.settings.stages, stage).trainer for stage in parsed.interface.stages}
+    return {stage: replace(trainer, seed=seed, progress=progress) for stage, trainer in found.items()}
+
+
+def _networks(
+    parsed: Parsed, data: Data, shared: Path, allow_imports: bool, progress: bool
+) -> dict[str, nn.Module | Teacher]:
+    """The networks that the system takes, by section: trained by their own recipe first, or built."""
+    networks: dict[str, Any] = {}
+    for section, kind in parsed.interface.networks.items():
+        if section in parsed.trained:
+            networks[section] = _trained(parsed.trained[section], shared, allow_imports, progress)
+        elif section in parsed.settings:
+            seed_everything(parsed.settings.seed, section)
+            settings = getattr(parsed.settings, section)
+            networks[section] = _model(settings, data, parsed.task, section, allow_imports, trained=kind is Teacher)
+        else:
+            continue  # an optional one
+        if kind is Teacher:
+            networks[section] = Frozen(networks[section])
+    return networks
+
+
+def _trained(recipe: str | Path | Mapping[str, Any], shared: Path, allow_imports: bool, progress: bool) -> nn.Module:
+    """What a recipe ships; its workspace is named after its content, so that equal ones are trained once."""
+    content = recipes.read(recipe)
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
+    name = Path(recipe).stem if isinstance(recipe, str | Path) else content["method"]["name"]
+    folder = shared / f"{name}-{digest}"
+    result = run(content, workspace=folder, allow_imports=allow_imports, progress=progress, report=False, shared=shared)
+    return result.student
 
 
 def distill(
-    method: str | type[Method],
+    method: str | type[Method] | Any,
     *,
     data: Any,
     student: str | nn.Module,
-    trainer: Trainer,
+    trainer: Trainer | None = None,
     teacher: str | nn.Module | Teacher | None = None,
     streams: Mapping[str, StreamSettings] | None = None,
     workspace: str | Path,
+    task: str | None = None,
     seed: int = 0,
     progress: bool = False,
     report: bool = True,
@@ -106,121 +169,170 @@ def distill(
     """Train a student of your own with one of the systems.
 
     Args:
-        method: slug or class.
+        method: slug, `Method` class, or a function of several stages.
         data: `Data`, or what `load_data` takes. For methods that need unlabelled samples `data.unlabelled` holds them.
         student, teacher: networks, or what `load_model` takes; the teacher may be any `Teacher`.
+        trainer: of a `Method`; a system of several stages takes one `Stage` for each by name.
         streams: batch size and views of each stream; by default batches of 64 without augmentation.
-        arguments: of the method's constructor.
+        task: what is measured; known for a system by its slug, else classification.
+        arguments: of the system: its constants, further networks, and its stages.
 
     Raises:
         UserError: the parts do not fit each other, said in one sentence.
     """
-    kind = catalog.load(method) if isinstance(method, str) else method
-    seed_everything(seed, "student")
-    loaded = as_data(data, seed)
-    network = load_model(student, **_shape(loaded)) if isinstance(student, str) else student
-    if isinstance(teacher, str):
-        teacher = load_model(teacher, **_shape(loaded))
-    if isinstance(teacher, nn.Module):
-        teacher = Frozen(teacher)
-    trainer = replace(trainer, seed=seed, progress=progress)
-    settings = dict(streams or {name: StreamSettings() for name in kind.streams})
-    config = {
-        "method": {"name": getattr(method, "__name__", method), **{k: v for k, v in arguments.items() if _simple(v)}},
+    system = catalog.load(method) if isinstance(method, str) else method
+    name = method if isinstance(method, str) else f"here:{getattr(method, '__name__', method)}"
+    about = recipes.task_of({"task": task} if task else {}, name)
+    interface = Interface.of(system)
+    loaded = data if isinstance(data, Data) else load_data(data, seed=seed)
+    networks: dict[str, Any] = {"student": student, **({} if teacher is None else {"teacher": teacher})}
+    networks |= {section: arguments.pop(section) for section in interface.networks if section in arguments}
+    named = {section: _named(network, weights=section != "student") for section, network in networks.items()}
+    for section, network in networks.items():
+        seed_everything(seed, section)
+        if isinstance(network, str):
+            network = about.load_model(network, **about.shape(loaded, section))
+        wants_teacher = interface.networks.get(section) is Teacher
+        networks[section] = Frozen(network) if wants_teacher and isinstance(network, nn.Module) else network
+    loaded = about.attach(loaded, networks)
+    stages = {stage: arguments.pop(stage) for stage in interface.stages if stage in arguments}
+    stages = {
+        stage: replace(value, trainer=replace(value.trainer, seed=seed, progress=progress))
+        for stage, value in stages.items()
+    }
+    config: dict[str, Any] = {
+        "method": {"name": name.removeprefix("here:"), **{k: v for k, v in arguments.items() if _simple(v)}},
         "data": describe(loaded),
-        "student": _named(student),
-        "teacher": _named(teacher, weights=True),
-        "streams": {name: _described(setting) for name, setting in settings.items()},
-        "trainer": asdict(trainer),
+        **named,
         "seed": seed,
     }
+    if not interface.is_method:
+        config["stages"] = {stage: _described_stage(value) for stage, value in stages.items()}
+        config = json.loads(json.dumps(config))
+        fabric = next(iter(stages.values())).trainer.fabric() if stages else None
+        ws = Workspace(workspace, config, seed=seed, fabric=fabric)
+        return _run_stages(ws, system, networks, {**arguments, **stages}, loaded, about, config, report)
+    if trainer is None:
+        raise UserError("distill needs a trainer for this method, e.g. trainer=Trainer(epochs=10)")
+    trainer = replace(trainer, seed=seed, progress=progress)
+    settings = dict(streams or {name: StreamSettings() for name in system.streams})
+    config |= {
+        "streams": {name: _described(setting) for name, setting in settings.items()},
+        "trainer": asdict(trainer),
+    }
     config = json.loads(json.dumps(config))
-    ws = _workspace(workspace, config, seed, trainer.fabric())
-    return _train(ws, kind, arguments, loaded, network, teacher, settings, trainer, config, report)
+    ws = Workspace(workspace, config, seed=seed, fabric=trainer.fabric())
+    return _train(ws, system, networks, arguments, loaded, settings, trainer, about, config, report)
 
 
 def _train(
     ws: Workspace,
     kind: type[Method],
+    networks: Mapping[str, Any],
     arguments: Mapping[str, Any],
     data: Data,
-    student: nn.Module,
-    teacher: Teacher | None,
     settings: Mapping[str, StreamSettings],
     trainer: Trainer,
+    task: Task,
     config: dict[str, Any],
     report: bool,
 ) -> Result:
-    given = {"teacher": teacher} if teacher is not None else {}
+    """A system of one stage."""
     try:
-        method = kind(student, **given, **arguments)  # type: ignore[call-arg]
+        method = kind(**networks, **arguments)
     except TypeError as error:
         raise UserError(f"{kind.__name__} cannot be built: {error}") from error
-    streams = {name: _stream(data, name, setting) for name, setting in settings.items()}
-    evaluator = ClassificationEvaluator(field=input_field(data.test))
-    method = ws.fit("student", method, streams, trainer, validation=data.validation, evaluator=evaluator)
-    shipped = method.shipped().cpu().eval()
-    result = Result(shipped, method, {}, {}, ws.fits["student"], data, ws.path, config)
-    result.logged = _means(result.fit)
-    result.metrics = _measure(ws, shipped, data, result.fit, evaluator)
+    streams = {}
+    for name, setting in settings.items():
+        samples = task.samples(data, name)
+        streams[name] = setting.on(samples, task.view_field(samples))
+    validation = data.validation
+    method = ws.fit("student", method, streams, trainer, validation=validation, evaluator=task.evaluator(data))
+    return _finish(ws, method.shipped(), method, networks, data, task, config, report)
+
+
+def _run_stages(
+    ws: Workspace,
+    system: Any,
+    networks: Mapping[str, Any],
+    arguments: Mapping[str, Any],
+    data: Data,
+    task: Task,
+    config: dict[str, Any],
+    report: bool,
+) -> Result:
+    """A system of several stages: a function over the workspace."""
+    ws.evaluator = task.evaluator(data)
+    try:
+        recipes.bind(system, ws, data, **networks, **arguments)
+    except TypeError as error:
+        raise UserError(f"{system.__name__} cannot be run: {error}") from error
+    shipped = system(ws, data, **networks, **arguments)
+    return _finish(ws, shipped, None, networks, data, task, config, report)
+
+
+def _finish(
+    ws: Workspace,
+    shipped: nn.Module,
+    method: Method | None,
+    networks: Mapping[str, Any],
+    data: Data,
+    task: Task,
+    config: dict[str, Any],
+    report: bool,
+) -> Result:
+    """Measure what ships, save it, and write the report."""
+    shipped = shipped.cpu().eval()
+    result = Result(shipped, method, {}, {}, dict(ws.fits), data, ws.path, task, config)
+    result.logged = _means(result.fits)
+    result.metrics = _measure(ws, shipped, data, task)
     if rank() == 0:
         save_model(shipped, ws.path / "student")
+        task.save_beside(data, ws.path / "student")
         if report:
-            _write_report(result, teacher, evaluator)
+            _write_report(result, networks.get("teacher"), ws)
     return result
 
 
-def _write_report(result: Result, teacher: Teacher | None, evaluator: ClassificationEvaluator) -> None:
-    """The page of one run: metrics beside the teacher's, curves, calibration, size and latency, configuration."""
-    name = str(result.config["method"]["name"])
+def _write_report(result: Result, teacher: Any, ws: Workspace) -> None:
+    """The page of one run: metrics beside the teacher's, what people look at, curves, calibration, configuration."""
+    name, task = str(result.config["method"]["name"]), result.task
     arms = {name: [result.metrics]}
     if isinstance(teacher, Frozen):
-        arms = {"teacher": [_test_metrics(teacher.to(torch.device("cpu")).model, result.data, evaluator)], **arms}
+        arms = {"teacher": [task.metrics(teacher.to(torch.device("cpu")).model, result.data)], **arms}
     comparison = Comparison(arms, [result.config["seed"]], data=describe(result.data))
-    terms = [term for term in result.logged if term not in ("learning_rate", "samples_per_second")]
-    measured = [metric for metric in ("accuracy", "nll") if result.fit.validation]
+    rows = [row for fit in result.fits.values() for row in fit.train]
+    terms = list(dict.fromkeys(term for row in rows for term in row if term not in ("step", "epoch", *MACHINE)))
+    validated = [row for fit in result.fits.values() for row in fit.validation]
+    measured = [metric for metric in task.columns[:2] if any(metric in row for row in validated)]
+    diagram = task.reliability(result.student, result.data)
+    several = len(result.fits) > 1
+    curves = {(stage if several else name): fit.train + fit.validation for stage, fit in result.fits.items()}
+    figures = {**task.exhibits(result.student, result.data), **{k: draw(v) for k, v in ws.exhibits.items()}}
     write_report(
         result.workspace / "report.html",
         title=f"{name} on {result.data.name}",
         comparison=comparison,
-        metrics=[metric for metric in COLUMNS if metric in comparison.metrics()],
+        metrics=[metric for metric in (*task.columns, *ws.measured) if metric in comparison.metrics()],
         context=[arm for arm in arms if arm != name],
-        curves={name: result.fit.train + result.fit.validation},
+        curves=curves,
         curve_metrics=[*measured, *terms],
-        reliability={name: calibration(result)},
+        reliability={name: diagram} if diagram else {},
+        figures=figures,
         configuration=yaml.safe_dump(result.config, sort_keys=False),
     )
 
 
-def calibration(result: Result) -> Reliability:
-    """The reliability diagram of a run's student on the test data."""
-    test = result.data.test
-    return reliability(*predict(result.student, test, field=input_field(test)))
-
-
-def _measure(
-    ws: Workspace, shipped: nn.Module, data: Data, fit: Fit, evaluator: ClassificationEvaluator
-) -> dict[str, float]:
+def _measure(ws: Workspace, shipped: nn.Module, data: Data, task: Task) -> dict[str, float]:
     """Test metrics and costs, measured once for each workspace."""
     file = ws.path / "result.json"
     if file.exists():
         return json.loads(file.read_text())
-    metrics = {**_test_metrics(shipped, data, evaluator), "seconds": fit.seconds, "steps": fit.steps}
+    steps = sum(fit.steps for fit in ws.fits.values())
+    metrics = {**task.metrics(shipped, data), **ws.measured, "seconds": sum(ws.seconds.values()), "steps": steps}
     if rank() == 0:
         write_text(file, json.dumps(metrics, indent=2) + "\n")
     return metrics
-
-
-def _test_metrics(model: nn.Module, data: Data, evaluator: ClassificationEvaluator) -> dict[str, float]:
-    """Quality on the test data and cost of one sample."""
-    cost = measure_cost(model, example_of(data.test))
-    return {
-        **evaluator(model, data.test),
-        "parameters": cost.parameters,
-        "flops": cost.flops,
-        "latency_ms": cost.latency_ms,
-        "weight_bytes": cost.weight_bytes,
-    }
 
 
 def export(
@@ -232,79 +344,59 @@ def export(
     Python objects has no recipe to rebuild it from: export `result.student` by `limbeck.models.export_model`.
     """
     folder = Path(workspace)
-    student, data = restore(folder)
-    example = example_of(data.test, rows=min(4, len(data.test)))
-    paths = export_model(student, folder / "export", example, formats=formats)
+    result = restore(folder)
+    example = result.task.example(result.data, rows=min(4, len(result.data.test)))
+    if example is None:
+        raise UserError(
+            f"what {result.config['method']['name']} ships does not run on one input; take its weights from "
+            f"{folder / 'student'}"
+        )
+    paths = export_model(result.student, folder / "export", example, formats=formats)
     if "onnx" in paths:
-        check_onnx(paths["onnx"], student, example)
+        check_onnx(paths["onnx"], result.student, example)
     return paths
 
 
-def restore(workspace: str | Path) -> tuple[nn.Module, Data]:
-    """The shipped student of a finished run and its data, rebuilt from the run's own recipe."""
+def restore(workspace: str | Path) -> Result:
+    """A finished run, rebuilt from its own recipe."""
     file = Path(workspace) / "recipe.yaml"
     if not file.is_file():
         raise UserError(f"{workspace} is no workspace: it has no recipe.yaml; give the folder of a finished run")
     if not (Path(workspace) / "result.json").is_file():
         raise UserError(f"the run in {workspace} is not finished; run it again to go on with it")
-    result = run(file, workspace=workspace, report=False)
-    return result.student, result.data
+    return run(file, workspace=workspace, report=False)
 
 
-def _workspace(path: str | Path, config: dict[str, Any], seed: int, fabric: Any) -> Workspace:
-    return Workspace(path, config, seed=seed, fabric=fabric)
-
-
-def _stream(data: Data, name: str, settings: StreamSettings) -> Stream:
-    samples, views = stream_samples(data, name), {}
-    for view, spec in settings.views.items():
-        arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
-        views[view] = make_view(arguments.pop("name"), **arguments)
-    return Stream(
-        samples,
-        settings.batch_size,
-        views,
-        cycle=settings.cycle,
-        workers=settings.workers,
-        view_field=input_field(samples),
-    )
-
-
-def _model(settings: Any, data: Data, allow_imports: bool, *, teacher: bool) -> nn.Module:
-    arguments = {key: value for key, value in _plain(settings).items() if value is not None}
+def _model(settings: Any, data: Data, task: Task, section: str, allow_imports: bool, *, trained: bool) -> nn.Module:
+    """The network that a section describes; one that must be `trained` has to say where its weights are."""
+    arguments = {key: value for key, value in plain(settings).items() if value is not None}
+    arguments.pop("run", None)
     name = arguments.pop("name")
-    if ":" in name and not name.startswith(("hf:", "hf-config:", "timm:", "timm-config:")):
+    prefix = name.split(":")[0]
+    if ":" in name and not prefix.endswith("-config") and prefix not in PREFIXES:
         name = recipes.import_object(name, allow_imports)
         return load_model(name(**arguments.pop("config", {})), **arguments)
-    pretrained = name.startswith(("hf:", "timm:")) or Path(name).exists()
-    if teacher and not pretrained and "weights" not in arguments:
+    pretrained = prefix in PREFIXES or Path(name).exists()
+    if trained and not pretrained and "weights" not in arguments:
         raise UserError(
-            f"the teacher '{name}' has no weights: give teacher.weights, a folder, or a pretrained 'hf:...' model; "
-            "`limbeck run supervised` trains one, and its folder <workspace>/student can stand as teacher.name"
+            f"the {section} '{name}' has no weights: give {section}.weights, a folder, a pretrained 'hf:...' model, or "
+            f"{section}.run, a recipe that trains it first"
         )
-    return load_model(name, **({} if pretrained else _shape(data)), **arguments)
+    return task.load_model(name, **({} if pretrained else task.shape(data, section)), **arguments)
 
 
-def _shape(data: Data) -> dict[str, Any]:
-    """What a network must know of the data, as arguments of `load_model`."""
-    example = example_of(data.test)
-    shape = {"num_classes": data.num_classes}
-    if not isinstance(example, Tensor):
-        return shape
-    return {**shape, "in_channels": example.shape[1], "image_size": example.shape[-1] if example.ndim == 4 else 1}
+PREFIXES = ("hf", "timm", "diffusers", "torchvision")  # of names of pretrained networks
 
 
-def _plain(namespace: Any) -> dict[str, Any]:
-    return namespace.as_dict() if hasattr(namespace, "as_dict") else dict(namespace)
-
-
-def _means(fit: Fit) -> dict[str, float]:
-    """The mean over the run of every column of its training table."""
+def _means(fits: Mapping[str, Fit]) -> dict[str, float]:
+    """The mean over each stage of every column of its training table, under its name if there are several."""
     columns: dict[str, list[float]] = {}
-    for row in fit.train:
-        for name, value in row.items():
-            if name not in ("step", "epoch"):
-                columns.setdefault(name, []).append(value)
+    for stage, fit in fits.items():
+        prefix = f"{stage}." if len(fits) > 1 else ""
+        for row in fit.train:
+            for name, value in row.items():
+                if name not in ("step", "epoch"):
+                    columns.setdefault(prefix + name, []).append(value)
     return {name: sum(values) / len(values) for name, values in columns.items()}
 
 
@@ -330,4 +422,11 @@ def _described(settings: StreamSettings) -> dict[str, Any]:
     return {
         **asdict(replace(settings, views={})),
         "views": {name: view if isinstance(view, str | dict) else str(view) for name, view in settings.views.items()},
+    }
+
+
+def _described_stage(stage: Stage) -> dict[str, Any]:
+    return {
+        "trainer": asdict(stage.trainer),
+        "streams": {name: _described(settings) for name, settings in stage.streams.items()},
     }

@@ -12,11 +12,10 @@ from typing import Literal
 import jinja2
 import matplotlib
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from limbeck.evaluate import Comparison, Reliability, Verdict
 from limbeck.files import write_text
-from limbeck.report.plots import arms_plot, cost_plot, curve_keys, curves_plot, image_grid, reliability_plot
+from limbeck.report.plots import arms_plot, cost_plot, curve_keys, curves_plot, reliability_plot
 from limbeck.report.tables import Column, column_of, comparison_table
 
 _COSTS = ("parameters", "latency_ms")
@@ -40,7 +39,7 @@ def write_report(
     curves: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
     curve_metrics: Sequence[str] | None = None,
     reliability: Mapping[str, Reliability] | None = None,
-    images: Mapping[str, Tensor] | None = None,
+    figures: Mapping[str, Figure] | None = None,
     configuration: str = "",
     notes: Sequence[str] = (),
 ) -> Path:
@@ -58,7 +57,7 @@ def write_report(
         curves: arm to history rows, e.g. `fit.train + fit.validation`.
         curve_metrics: what of the rows is drawn; default: accuracy, nll and loss, or the first three there are.
         reliability: arm to its reliability diagram.
-        images: caption to pictures [N, C, H, W], uint8 or float in [0, 1].
+        figures: caption to what people look at: pictures, boxes, masks, embeddings.
         configuration: the recipe's text.
         notes: paragraphs above the table.
 
@@ -87,7 +86,7 @@ def write_report(
         costs=_costs(comparison, shown[0]),
         curves=_curves(curves or {}, curve_metrics, list(comparison.arms)),
         reliability=[_reliability(arm, diagram) for arm, diagram in (reliability or {}).items()],
-        images=[_images(caption, images_NCHW) for caption, images_NCHW in (images or {}).items()],
+        figures=[_picture(figure, f"{caption}.", caption, kind="png") for caption, figure in (figures or {}).items()],
         configuration=configuration.strip(),
         versions=comparison.versions,
     )
@@ -131,10 +130,6 @@ def _curves(
 def _reliability(arm: str, diagram: Reliability) -> _Picture:
     alt = f"Reliability diagram of {arm}: expected calibration error {100 * diagram.ece:.2f} %."
     return _picture(reliability_plot(diagram, arm), alt)
-
-
-def _images(caption: str, images_NCHW: Tensor) -> _Picture:
-    return _picture(image_grid(images_NCHW), f"{len(images_NCHW)} pictures: {caption}.", caption, kind="png")
 
 
 def _picture(figure: Figure, alt: str, caption: str = "", kind: Literal["svg", "png"] = "svg") -> _Picture:

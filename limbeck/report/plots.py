@@ -42,18 +42,18 @@ def curves_plot(curves: Mapping[str, Sequence[Mapping[str, float]]], key: str, a
     points = {arm: [(row["step"], row[key]) for row in rows if key in row] for arm, rows in curves.items()}
     if not any(points.values()):
         raise UserError(f"No history row has '{key}'; draw one of: {', '.join(curve_keys(curves))}.")
-    figure, axes = _figure(column.title)
+    figure, axes = new_figure(column.title)
     for number, arm in enumerate(dict.fromkeys([*arms, *points])):
         if points.get(arm):
             step, value = np.asarray(points[arm]).T
             marker = "." if len(step) <= 30 else None
-            axes.plot(step, value * column.scale, label=_short(arm), marker=marker, **_style(number))
+            axes.plot(step, value * column.scale, label=short(arm), marker=marker, **_style(number))
     axes.set_xlabel("Optimiser step")
     axes.set_ylabel(column.heading)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
     if column.best == "max" and column.unit == "%":
         axes.set_ylim(top=min(axes.get_ylim()[1], 101))
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -71,10 +71,10 @@ def reliability_plot(diagram: Reliability, title: str = "") -> Figure:
     centre, width = (np.arange(bins) + 0.5) / bins * 100, 100 / bins * 0.92
     fraction, accuracy = 100 * np.asarray(diagram.fraction), 100 * np.asarray(diagram.accuracy)
     filled = fraction > 0
-    name = f"{_short(title, 28)}: " if title else ""
+    name = f"{short(title, 28)}: " if title else ""
     _title(figure, f"{name}ECE {100 * diagram.ece:.2f} %")
-    _dress(upper)
-    _dress(lower)
+    dress(upper)
+    dress(lower)
     upper.bar(centre[filled], accuracy[filled], width, color=PALETTE[0])
     upper.plot([0, 100], [0, 100], color=_INK, linestyle="--", linewidth=1.2)
     upper.set(xlim=(0, 100), ylim=(0, 100), ylabel="Accuracy (%)")
@@ -92,14 +92,14 @@ def cost_plot(comparison: Comparison, metric: str, cost: str) -> Figure:
     summary = {arm: row for arm, row in comparison.summary().items() if metric in row and cost in row}
     if not summary:
         raise UserError(f"No arm has both '{metric}' and '{cost}'; measure both, or draw another pair.")
-    figure, axes = _figure(f"{vertical.title} against {horizontal.title.lower()}")
+    figure, axes = new_figure(f"{vertical.title} against {horizontal.title.lower()}")
     costs = []
     for number, (arm, row) in enumerate(summary.items()):
         costs.append(row[cost].mean * horizontal.scale)
         axes.errorbar(
             costs[-1], row[metric].mean * vertical.scale, yerr=(row[metric].deviation or 0) * vertical.scale,
             color=_style(number)["color"], marker=_MARKERS[number % len(_MARKERS)], markersize=8, capsize=3,
-            linestyle="none", label=_short(arm),
+            linestyle="none", label=short(arm),
         )  # fmt: skip
     if min(costs) > 0 and max(costs) / min(costs) >= 10:
         axes.set_xscale("log")
@@ -111,7 +111,7 @@ def cost_plot(comparison: Comparison, metric: str, cost: str) -> Figure:
     axes.margins(x=0.12, y=0.15)
     axes.set_xlabel(horizontal.heading)
     axes.set_ylabel(vertical.heading)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -128,7 +128,7 @@ def arms_plot(comparison: Comparison, metric: str) -> Figure:
     figure = Figure(figsize=(_SIZE[0], max(_SIZE[1], 1.2 + 0.4 * len(arms))), layout="constrained")
     axes = figure.subplots()
     _title(figure, f"{column.title}: mean (bar) and {'each seed' if seeds > 1 else 'the seed'} (dot)")
-    _dress(axes, grid="x")
+    dress(axes, grid="x")
     offsets = np.linspace(-0.18, 0.18, seeds) if seeds > 1 else np.zeros(1)
     for row, arm in enumerate(arms):
         values = np.asarray(comparison.values(arm, metric)) * column.scale
@@ -136,15 +136,18 @@ def arms_plot(comparison: Comparison, metric: str) -> Figure:
             axes.axhspan(row - 0.5, row + 0.5, color="#f4f6f8", zorder=0)
         axes.plot([values.mean()] * 2, [row - 0.32, row + 0.32], color=PALETTE[0], linewidth=4)
         axes.plot(values, row + offsets, "o", color=PALETTE[1], markersize=5, markeredgecolor="white")
-    axes.set_yticks(range(len(arms)), [_short(arm, 24) for arm in arms], parse_math=False)
+    axes.set_yticks(range(len(arms)), [short(arm, 24) for arm in arms], parse_math=False)
     axes.set_ylim(len(arms) - 0.5, -0.5)
     axes.set_xlabel(column.heading)
     axes.margins(x=0.08)
     return figure
 
 
-def image_grid(images_NCHW: Tensor, columns: int = 8) -> Figure:
-    """Pictures (uint8, or float in [0, 1]; 1 or 3 channels) in rows of `columns`, each pixel drawn sharp."""
+def image_grid(images_NCHW: Tensor, columns: int = 8, names: Sequence[str] | None = None) -> Figure:
+    """Pictures (uint8, or float in [0, 1]; 1 or 3 channels) in rows of `columns`, each pixel drawn sharp.
+
+    `names` stand above the pictures.
+    """
     if images_NCHW.dim() != 4 or images_NCHW.shape[1] not in (1, 3) or not len(images_NCHW):
         raise UserError(f"An image grid needs [N, 1 or 3, H, W] with N > 0, got {list(images_NCHW.shape)}.")
     pixels = images_NCHW.detach().cpu()
@@ -153,28 +156,33 @@ def image_grid(images_NCHW: Tensor, columns: int = 8) -> Figure:
     columns = min(columns, count)
     rows = -(-count // columns)
     layout = ConstrainedLayoutEngine(w_pad=0.01, h_pad=0.01)
-    figure = Figure(figsize=(_SIZE[0], _SIZE[0] * rows * height / (columns * width)), layout=layout)
+    named = 0.25 * rows if names else 0.0
+    figure = Figure(figsize=(_SIZE[0], named + _SIZE[0] * rows * height / (columns * width)), layout=layout)
     for number, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axes.axis("off")
         if number < count:
             picture = pixels[number].permute(1, 2, 0).expand(-1, -1, 3).numpy()
             axes.imshow(picture, interpolation="nearest")
+            if names:
+                axes.set_title(short(str(names[number]), 14), fontsize=8, color=_INK, parse_math=False)
     return figure
 
 
-def _figure(title: str) -> tuple[Figure, Axes]:
+def new_figure(title: str) -> tuple[Figure, Axes]:
+    """An empty plot in the house's style."""
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.subplots()
     _title(figure, title)
-    _dress(axes)
+    dress(axes)
     return figure, axes
 
 
 def _title(figure: Figure, text: str) -> None:
-    figure.suptitle(_short(text, 48), x=0.02, ha="left", fontsize=12, color=_INK, parse_math=False)
+    figure.suptitle(short(text, 48), x=0.02, ha="left", fontsize=12, color=_INK, parse_math=False)
 
 
-def _dress(axes: Axes, grid: Literal["both", "x"] = "both") -> None:
+def dress(axes: Axes, grid: Literal["both", "x"] = "both") -> None:
+    """Give axes the house's style."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color("#8a94a0")
     axes.grid(True, axis=grid, color=_GRID, linewidth=0.8)
@@ -191,7 +199,7 @@ def _style(number: int) -> dict[str, Any]:
     return {"color": PALETTE[number % len(PALETTE)], "linestyle": dashes, "linewidth": 1.8}
 
 
-def _legend(figure: Figure, axes: Axes) -> None:
+def legend(figure: Figure, axes: Axes) -> None:
     """Below the axes, where it covers nothing; the figure grows by its height."""
     handles, labels = axes.get_legend_handles_labels()
     if len(labels) < 2:
@@ -203,5 +211,6 @@ def _legend(figure: Figure, axes: Axes) -> None:
         text.set(color=_INK, parse_math=False)
 
 
-def _short(text: str, most: int = 36) -> str:
+def short(text: str, most: int = 36) -> str:
+    """The text, cut to `most` letters."""
     return text if len(text) <= most else text[: most - 1] + "…"

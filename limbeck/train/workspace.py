@@ -20,6 +20,7 @@ from limbeck.errors import UserError
 from limbeck.files import write_text
 from limbeck.teachers import Teacher
 from limbeck.train.checkpoint import load_tensors, save_tensors, seed_everything
+from limbeck.train.exhibits import Exhibit
 from limbeck.train.logs import read_csv
 from limbeck.train.loop import Evaluator, Fit, fit, place, to_device
 from limbeck.train.method import Clock, Method
@@ -31,9 +32,15 @@ M = TypeVar("M", bound=Method)
 class Workspace:
     """A run on disk: `recipe.yaml`, and one folder a stage under `stages/`.
 
-    A system of several stages is a plain function that calls `fit`, `label` and `compute` one after another. Run again
-    after a crash, complete stages load and the broken one goes on in mid-epoch, bit for bit as if nothing had happened:
-    random numbers are seeded anew by (seed, stage) where a stage begins and where it ends.
+    A system of several stages is a plain function that calls `fit`, `label`, `compute` and `measure` one after
+    another. Run again after a crash, complete stages load and the broken one goes on in mid-epoch, bit for bit as if
+    nothing had happened: random numbers are seeded anew by (seed, stage) where a stage begins and where it ends.
+
+    Attributes:
+        fits: what each training stage left behind.
+        seconds: what each stage took.
+        measured: the numbers of `measure`, as `<stage>.<name>`.
+        exhibits: what `show` was given, by caption.
 
     Args:
         path: the folder; made when it is not there.
@@ -54,6 +61,9 @@ class Workspace:
     ) -> None:
         self.path, self.seed, self.evaluator, self.fabric = Path(path), seed, evaluator, fabric
         self.fits: dict[str, Fit] = {}
+        self.measured: dict[str, float] = {}
+        self.exhibits: dict[str, Exhibit] = {}
+        self.seconds: dict[str, float] = {}
         if config is not None:
             asked = dict(config)
             self._first(lambda: self._own(asked))
@@ -113,6 +123,7 @@ class Workspace:
         self.fits[stage] = Fit(
             **self._record(stage), train=_rows(folder / "train.csv"), validation=_rows(folder / "validation.csv")
         )
+        self.seconds[stage] = self.fits[stage].seconds
         seed_everything(self.seed, stage, "done")
         return method
 
@@ -143,8 +154,26 @@ class Workspace:
             tensors = make()
             self._first(lambda: save_tensors(file, tensors))
             self._complete(stage, metrics={}, seconds=time.perf_counter() - started, steps=0)
+        self.seconds[stage] = self._record(stage)["seconds"]
         seed_everything(self.seed, stage, "done")
         return load_tensors(file)
+
+    def measure(self, stage: str, make: Callable[[], Mapping[str, float]]) -> dict[str, float]:
+        """Numbers that say how a stage went: measured once, and kept among the run's metrics as `<stage>.<name>`."""
+        if not self._done_for_all(stage):
+            started = time.perf_counter()
+            seed_everything(self.seed, stage)
+            values = {name: float(value) for name, value in make().items()}
+            self._complete(stage, metrics=values, seconds=time.perf_counter() - started, steps=0)
+        values = self._record(stage)["metrics"]
+        self.measured.update({f"{stage}.{name}": value for name, value in values.items()})
+        self.seconds[stage] = self._record(stage)["seconds"]
+        seed_everything(self.seed, stage, "done")
+        return values
+
+    def show(self, caption: str, exhibit: Exhibit) -> None:
+        """Put something to look at into the run's report."""
+        self.exhibits[caption] = exhibit
 
     def label(
         self,

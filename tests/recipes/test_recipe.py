@@ -20,9 +20,10 @@ BASE = {"method": {"name": "kd", "alpha": 0.5}, "teacher": {"name": "t"}, "train
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_key_of_a_shipped_recipe_is_an_argument_of_the_signature(name):
     content = recipes.read(name)
-    method, settings = recipes.parse(content)
-    assert catalog.load(content["method"]["name"]) is method
-    assert settings.trainer.epochs or settings.trainer.steps
+    parsed = recipes.parse(content)
+    assert catalog.load(content["method"]["name"]) is parsed.system
+    stages = vars(parsed.settings.stages).values() if parsed.interface.stages else [parsed.settings]
+    assert all(stage.trainer.epochs or stage.trainer.steps for stage in stages)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -81,7 +82,7 @@ def test_folders_in_texts_come_from_the_environment(monkeypatch):
 def test_a_file_that_is_no_recipe_is_refused(tmp_path, text, named):
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(UserError, match=named):
-        recipes.read(str(tmp_path / "r.yaml"))
+        recipes.parse(recipes.read(str(tmp_path / "r.yaml")))
 
 
 def test_prove_measures_every_arm_over_the_seeds_and_says_what_does_not_hold(tmp_path, monkeypatch):
