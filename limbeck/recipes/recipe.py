@@ -89,13 +89,18 @@ def override(recipe: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, A
 
 
 def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
-    """The recipe `base` with the keys of `change`; naming another method replaces that whole section."""
+    """The recipe `base` with the keys of `change`; naming another method replaces that whole section, and so does
+    describing a network that a recipe trains (`run`), or having a recipe train one that was described."""
     change = dict(change)
     if "method" in change:
         method = {"name": change["method"]} if isinstance(change["method"], str) else change["method"]
         if method.get("name", base["method"]["name"]) != base["method"]["name"]:
             base = {**base, "method": {}}
         change["method"] = method
+    for section, content in change.items():
+        before = base.get(section)
+        if isinstance(content, Mapping) and isinstance(before, Mapping) and ("run" in content) != ("run" in before):
+            base = {**base, section: {}}
     return _merge(base, change)
 
 
@@ -133,7 +138,7 @@ class Interface:
     networks: dict[str, type]
     stages: tuple[str, ...]
     objects: tuple[str, ...]  # parameters that are no keys of `method`: the above, tensors, workspace and data
-    optional: tuple[str, ...]  # networks that may be left out
+    optional: tuple[str, ...]  # networks and stages that may be left out
 
     @classmethod
     def of(cls, system: Any) -> Interface:
@@ -144,7 +149,7 @@ class Interface:
         from limbeck.teachers import Teacher
         from limbeck.train import Stage, Workspace
 
-        function: Any = vars(system).get("__init__") if isinstance(system, type) else system
+        function: Any = inspect.getattr_static(system, "__init__") if isinstance(system, type) else system
         hints = get_type_hints(function)
         hints.pop("return", None)
         defaults = inspect.signature(function).parameters
@@ -159,7 +164,8 @@ class Interface:
                 stages.append(name)
             if any(issubclass(each, Tensor | nn.Module | Teacher | Stage | Workspace | Data) for each in kinds):
                 objects.append(name)
-        optional = [name for name in networks if defaults[name].default is not inspect.Parameter.empty]
+        empty = inspect.Parameter.empty
+        optional = [name for name in (*networks, *stages) if defaults[name].default is not empty]
         return cls(system, networks, tuple(stages), tuple(objects), tuple(optional))
 
     @property
@@ -221,7 +227,7 @@ def refuse_foreign_classes(value: Any, allow_imports: bool, where: str = "") -> 
 def parser_of(method: Any, task: Task, without: Collection[str] = ()) -> Any:
     """The jsonargparse parser of a system's recipes: one argument for each key, with types, defaults and help.
 
-    `without` names sections of networks that the recipe does not describe.
+    `without` names networks and stages that the recipe does not describe.
     """
     from jsonargparse import ArgumentParser
 
@@ -243,6 +249,8 @@ def parser_of(method: Any, task: Task, without: Collection[str] = ()) -> Any:
             parser.add_class_arguments(StreamSettings, f"streams.{stream}")
         parser.add_class_arguments(Trainer, "trainer", skip={"seed"})
     for stage in interface.stages:
+        if stage in without:
+            continue
         parser.add_class_arguments(Trainer, f"stages.{stage}.trainer", skip={"seed"})
         parser.add_argument(f"--stages.{stage}.streams", type=dict[str, StreamSettings], default={}, help="by name")
     return parser
@@ -279,9 +287,14 @@ def parse(recipe: Mapping[str, Any], allow_imports: bool = False) -> Parsed:
     settings = {key: expand(value) for key, value in recipe.items() if key != "claim"}
     _check_keys(settings, parser)
     trained = {section: settings.pop(section)["run"] for section in interface.networks if _runs(settings, section)}
+    stages = settings["stages"] = {k: v for k, v in (settings.get("stages") or {}).items() if v is not None}
+    if not stages:
+        del settings["stages"]
     absent = {section for section in interface.networks if section not in settings}
+    absent |= {stage for stage in interface.stages if stage not in stages}
     if missing := absent - {*trained, *interface.optional}:
-        raise UserError(f"{name} needs the network '{min(missing)}'; add a section '{min(missing)}' to the recipe")
+        section = min(missing) if min(missing) in interface.networks else f"stages.{min(missing)}"
+        raise UserError(f"{name} needs {section}; add this section to the recipe")
     from jsonargparse import ArgumentError
 
     try:

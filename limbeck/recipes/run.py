@@ -118,7 +118,7 @@ def _trainers(parsed: Parsed, seed: int, progress: bool) -> dict[str, Trainer]:
     if parsed.interface.is_method:
         found = {"student": parsed.settings.trainer}
     else:
-        found = {stage: getattr(parsed.settings.stages, stage).trainer for stage in parsed.interface.stages}
+        found = {stage: settings.trainer for stage, settings in vars(parsed.settings.stages).items()}
     return {stage: replace(trainer, seed=seed, progress=progress) for stage, trainer in found.items()}
 
 
@@ -385,7 +385,7 @@ def _model(settings: Any, data: Data, task: Task, section: str, allow_imports: b
     return task.load_model(name, **({} if pretrained else task.shape(data, section)), **arguments)
 
 
-PREFIXES = ("hf", "timm", "diffusers", "torchvision")  # of names of pretrained networks
+PREFIXES = ("hf", "package", "timm", "diffusers", "torchvision")  # of names of pretrained networks
 
 
 def _means(fits: Mapping[str, Fit]) -> dict[str, float]:

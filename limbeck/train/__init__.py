@@ -3,6 +3,7 @@
 from limbeck.train.exhibits import Bars, Exhibit, Pictures, Rows, Scatter
 from limbeck.train.loop import Evaluator, Fit, Loop, NonFiniteLoss, average_gradients, fit
 from limbeck.train.method import Batch, Clock, Fields, Losses, Method
+from limbeck.train.objectives import CrossEntropy, linear_probe
 from limbeck.train.optim import LARS, Optimizer
 from limbeck.train.schedule import Schedule
 from limbeck.train.stage import Stage, StreamSettings
@@ -15,6 +16,7 @@ __all__ = [
     "Bars",
     "Batch",
     "Clock",
+    "CrossEntropy",
     "EarlyStop",
     "Evaluator",
     "Exhibit",
@@ -37,4 +39,5 @@ __all__ = [
     "Workspace",
     "average_gradients",
     "fit",
+    "linear_probe",
 ]

@@ -143,6 +143,7 @@ class Loop:
         self.ema = EMA(method, trainer.ema_decay) if trainer.ema_decay is not None else None
         if self.ema:
             cast(Method, self.ema.model).clock = self.clock
+        method.optimizers = self.optimizers  # behind the moving average, which would copy them
         self.checkpoint = folder / "checkpoint.pt" if folder else None
         self.best = folder / "best.safetensors" if folder else None
         self.best_metrics: dict[str, float] | None = None
@@ -172,6 +173,7 @@ class Loop:
                 self._end_epoch()
         finally:
             self.logs.close()
+            self.method.optimizers = {}
         self._take_what_ships()
         return Fit(self.metrics, self._elapsed(), self.clock.step, self.logs.train.rows, self.logs.validation.rows)
 

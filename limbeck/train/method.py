@@ -55,9 +55,10 @@ class Method(nn.Module):
         weights: factor of each loss term in the sum (1 where absent); a `Schedule` may stand for a number.
         clock: where the run stands; set by the loop, read by the method.
         logged: values that `log` was given in this step.
+        optimizers: the optimiser of each part while a run lasts; set by the loop, for methods that roll a step back.
     """
 
-    streams: ClassVar[Mapping[str, tuple[str, ...]]] = {"labelled": ("weak", "label")}
+    streams: Mapping[str, tuple[str, ...]] = {"labelled": ("weak", "label")}
     epoch_stream: ClassVar[str] = "labelled"
 
     student: nn.Module
@@ -67,6 +68,7 @@ class Method(nn.Module):
         self.clock = Clock()
         self.weights: dict[str, float | Schedule] = {}
         self.logged: dict[str, Tensor | float] = {}
+        self.optimizers: dict[str, Any] = {}
 
     def training_step(self, batch: Batch) -> Losses | Iterator[tuple[str, Losses]]:
         """The named loss terms of one step, each a scalar.
@@ -135,13 +137,17 @@ class Method(nn.Module):
                     f"{name} needs the stream '{stream}' with the fields {', '.join(fields)}, but was given only "
                     f"{', '.join(streams) or 'none'}; add '{stream}' to the streams"
                 )
-            given = {*streams[stream].samples.fields, *streams[stream].views, "index"}
+            given = {*streams[stream].samples.fields, *streams[stream].views, *streams[stream].moved_fields, "index"}
             for field in fields:
                 if field not in given:
                     kind = "field 'label'" if field == "label" else f"view '{field}'"
+                    view, _, carried = field.partition("_")
+                    where = "samples" if field == "label" else "views"
+                    if view in streams[stream].views and carried:  # `weak_mask`: the view is there, the masks are not
+                        kind, where = f"field '{carried}'", "samples"
                     raise UserError(
                         f"{name} reads the {kind} of the stream '{stream}', which has {', '.join(sorted(given))}; "
-                        f"add it to the stream's {'samples' if field == 'label' else 'views'}"
+                        f"add it to the stream's {where}"
                     )
         student_classes = class_count(self.student) if isinstance(getattr(self, "student", None), nn.Module) else None
         if student_classes is None:

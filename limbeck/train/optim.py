@@ -23,7 +23,8 @@ class Optimizer:
         lr: base learning rate; the trainer's schedule multiplies it.
         weight_decay: L2 for sgd, adam and lars, decoupled for adamw.
         decay_norm_and_bias: apply weight decay to biases and normalisation scales too (every parameter of less than
-            two dimensions); LARS also adapts them then.
+            two dimensions); LARS also adapts them then. Parameters that a method marks by `spared = True` are never
+            decayed nor adapted.
         momentum: for sgd and lars; `nesterov` for sgd.
         betas: for adam and adamw.
         trust: LARS's trust coefficient (eeta).
@@ -43,8 +44,9 @@ class Optimizer:
         parameters = list(parameters)
         if not parameters:
             raise UserError("there is nothing to train: no parameter of this part requires a gradient")
-        spared = [] if self.decay_norm_and_bias else [p for p in parameters if p.ndim < 2]
-        decayed = parameters if self.decay_norm_and_bias else [p for p in parameters if p.ndim >= 2]
+        spared = [p for p in parameters if getattr(p, "spared", False) or not (self.decay_norm_and_bias or p.ndim >= 2)]
+        ids = {id(p) for p in spared}
+        decayed = [p for p in parameters if id(p) not in ids]
         groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": self.weight_decay}] if decayed else []
         if spared:
             groups.append({"params": spared, "weight_decay": 0.0, "adapt": False})

@@ -171,6 +171,12 @@ class Workspace:
         seed_everything(self.seed, stage, "done")
         return values
 
+    def evaluate(self, model: nn.Module, samples: Samples) -> dict[str, float]:
+        """The metrics of a model by the workspace's evaluator, for `measure`."""
+        if self.evaluator is None:
+            raise UserError("this workspace has no evaluator; make it with Workspace(..., evaluator=...)")
+        return dict(self.evaluator(model, samples))
+
     def show(self, caption: str, exhibit: Exhibit) -> None:
         """Put something to look at into the run's report."""
         self.exhibits[caption] = exhibit

@@ -95,7 +95,7 @@ def test_a_stream_that_the_stage_does_not_have_is_named(recipe, tmp_path):
 
 def test_a_missing_network_is_named(recipe, tmp_path):
     del recipe["teacher"]
-    with pytest.raises(UserError, match="needs the network 'teacher'"):
+    with pytest.raises(UserError, match="needs teacher; add"):
         limbeck.run(recipe, workspace=tmp_path)
 
 
@@ -133,4 +133,10 @@ def test_a_trained_network_has_no_other_keys(tmp_path):
 def test_the_seed_is_the_recipes_own(recipe, tmp_path):
     recipe["stages"]["first"]["trainer"]["seed"] = 3
     with pytest.raises(UserError, match="unknown key 'stages.first.trainer.seed'"):
+        limbeck.run(recipe, workspace=tmp_path)
+
+
+def test_a_missing_stage_is_named(recipe, tmp_path):
+    recipe["stages"]["second"] = None
+    with pytest.raises(UserError, match=r"needs stages.second; add"):
         limbeck.run(recipe, workspace=tmp_path)

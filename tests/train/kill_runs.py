@@ -7,12 +7,14 @@ from pathlib import Path
 
 import torch
 
+from limbeck.data import Data
 from limbeck.methods.classification.ps_kd import PSKD
 from limbeck.methods.classification.supervised import Supervised
 from limbeck.methods.few_labels.dho import DHO
 from limbeck.methods.few_labels.shrinkmatch import ShrinkMatch
+from limbeck.methods.few_labels.simclrv2 import simclrv2
 from limbeck.teachers import Frozen
-from limbeck.train import Method, Optimizer, Schedule, Trainer, Workspace
+from limbeck.train import Method, Optimizer, Schedule, Stage, StreamSettings, Trainer, Workspace
 from tests.train.toys import Noisy, norm_net, pictures, stream, streams, trainer, two_streams
 
 
@@ -56,9 +58,32 @@ def many_stages_two_streams(ws: Workspace) -> Method:
     return ws.fit("student", DHO(net(), Frozen(teacher.student)), given, settings())
 
 
-RUNS: dict[str, Callable[[Workspace], Method]] = {
+def three_stages_of_simclrv2(ws: Workspace) -> torch.nn.Module:
+    data = Data(pictures(16), pictures(8), unlabelled=pictures(24, seed=1, labelled=False))
+
+    def stage(stream: str, *views: str) -> Stage:
+        return Stage(settings(), {stream: StreamSettings(8, dict.fromkeys(views, "weak"))})
+
+    return simclrv2(
+        ws,
+        data,
+        net(),
+        net(),
+        pretrain=stage("unlabelled", "first", "second"),
+        finetune=stage("labelled", "weak"),
+        distill=stage("unlabelled", "weak"),
+    )
+
+
+RUNS: dict[str, Callable[[Workspace], torch.nn.Module]] = {
     run.__name__: run
-    for run in (one_stage_one_stream, one_stage_two_streams, many_stages_one_stream, many_stages_two_streams)
+    for run in (
+        one_stage_one_stream,
+        one_stage_two_streams,
+        many_stages_one_stream,
+        many_stages_two_streams,
+        three_stages_of_simclrv2,
+    )
 }
 
 

@@ -13,7 +13,7 @@ import torch
 from tests.train.kill_runs import RUNS, run
 from tests.train.toys import differing
 
-POINTS = 5  # for each of the four runs
+POINTS = 4  # for each of the five runs
 # Forked from a process that has imported torch once and has run nothing: an import would cost seconds each time.
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.train.kill_runs"])

@@ -73,3 +73,11 @@ def test_values_stay_between_end_and_start(kind, warmup, steps, step):
 def test_impossible_schedules_are_refused(bad):
     with pytest.raises(UserError, match=next(iter(bad))):
         Schedule(**bad)
+
+
+def test_a_stretched_cosine_ends_before_its_zero():
+    smoothed = Schedule("cosine", stretch=2.0)
+    assert smoothed(0, 300) == pytest.approx(1.0) and smoothed(300, 300) == pytest.approx(0.5)
+    assert smoothed(150, 300) == pytest.approx(0.5 * (1 + math.cos(math.pi * 150 / 600)))
+    with pytest.raises(UserError, match="stretch is 0.5"):
+        Schedule("cosine", stretch=0.5)

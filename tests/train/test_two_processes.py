@@ -18,7 +18,8 @@ from limbeck.methods.classification.ps_kd import PSKD
 from limbeck.methods.classification.supervised import Supervised
 from limbeck.methods.few_labels.dho import DHO
 from limbeck.methods.few_labels.shrinkmatch import ShrinkMatch
-from limbeck.models import convert_sync_batchnorm
+from limbeck.methods.few_labels.simclrv2 import SimCLR
+from limbeck.models import Projector, convert_sync_batchnorm
 from limbeck.teachers import Frozen
 from limbeck.train import Method, NonFiniteLoss, Optimizer, Schedule, Trainer, Workspace, average_gradients, fit
 from limbeck.train.loop import RunningTerms
@@ -39,6 +40,7 @@ METHODS = {
     "shrinkmatch": lambda: ShrinkMatch(confident_net(), threshold=0.6),
     "shrinkmatch_aligned": lambda: ShrinkMatch(confident_net(), threshold=0.6, align=True),
     "ps_kd": lambda: PSKD(norm_net()),
+    "simclr": lambda: SimCLR(norm_net(), Projector(CLASSES, hidden=6, out=5), temperature=2.0),
 }
 
 
@@ -55,6 +57,7 @@ def batch() -> dict[str, dict[str, Tensor]]:
 
     labelled = {"weak": images(8), "label": torch.arange(8) % CLASSES, "index": torch.arange(8)}
     unlabelled = {"weak": images(16), "strong": images(16), "index": torch.arange(16)}
+    unlabelled |= {"first": unlabelled["weak"], "second": unlabelled["strong"]}
     return {
         name: {field: share(value) for field, value in fields.items()}
         for name, fields in (("labelled", labelled), ("unlabelled", unlabelled))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -19,7 +19,7 @@ class Classification(Task):
     """Accuracy and calibration of a classifier."""
 
     name = "classification"
-    columns = ("accuracy", "nll", "ece", "parameters", "latency_ms", "seconds")
+    columns: ClassVar[tuple[str, ...]] = ("accuracy", "nll", "ece", "parameters", "latency_ms", "seconds")
     load_data = staticmethod(load_data)
 
     def add_data_arguments(self, parser: Any) -> None:
