@@ -56,6 +56,22 @@ def patch_targets(patches_BLP: Tensor, *, normalize: bool) -> Tensor:
     return (patches_BLP - mean) * (variance + 1e-6).rsqrt()
 
 
+def sin_cos_positions(width: int, side: int) -> Tensor:
+    """Fixed position embeddings [1, 1 + side^2, D] of a square of patches in reading order; the class token has zeros.
+
+    The first half of a vector tells the column c, the second the row, each as (sin(c w_0), ..., cos(c w_0), ...) with
+    w_i = 10000^(-4 i / D). Raises `UserError` where D is no multiple of 4. Source: the official code of MAE.
+    """
+    if width % 4:
+        raise UserError(f"a masked autoencoder's widths are multiples of 4, got {width}; change the config")
+    rates_W = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    angles_SW = torch.arange(side, dtype=torch.float64)[:, None] * rates_W
+    line_SH = torch.cat([angles_SW.sin(), angles_SW.cos()], 1)
+    column, row = line_SH.repeat(side, 1), line_SH.repeat_interleave(side, 0)
+    patches = torch.cat([column, row], 1).float()
+    return torch.cat([torch.zeros(1, width), patches])[None]
+
+
 class MaskedAutoencoder(LogitsOf):
     """A transformers `ViTMAE` whose encoder and decoder are called apart, with a mask from outside.
 
@@ -183,7 +199,7 @@ def load_masked_autoencoder(
                 f"pictures of {built.image_size} pixels cannot be cut into patches of {built.patch_size}; "
                 "change config.patch_size or data.image_size"
             )
-        model = from_configuration(_Auto, built, None)
+        model = _with_positions(from_configuration(_Auto, built, None))
     elif str(name).startswith("hf:"):
         source = str(name).removeprefix("hf:")
         model, missing = from_checkpoint(ViTMAEForPreTraining, source, read_configuration(source, False), None, False)
@@ -192,6 +208,17 @@ def load_masked_autoencoder(
     else:
         raise UserError(f"there is no masked autoencoder '{name}'; give hf-config:vit_mae or hf:<hub id or folder>")
     return MaskedAutoencoder(model, pooling=pooling, normalize=statistics)
+
+
+def _with_positions(model: Any) -> Any:
+    """The new network with the paper's fixed positions: some versions of transformers leave them at zero."""
+    side = model.config.image_size // model.config.patch_size
+    with torch.no_grad():
+        for positions in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
+            positions.copy_(sin_cos_positions(positions.shape[-1], side)).requires_grad_(False)
+        nn.init.normal_(model.decoder.mask_token, std=0.02)
+        nn.init.normal_(model.vit.embeddings.cls_token, std=0.02)
+    return model
 
 
 class _Auto:

@@ -16,6 +16,7 @@ from limbeck.models import (
     patchify,
     random_masking,
     save_model,
+    sin_cos_positions,
     unpatchify,
 )
 
@@ -81,6 +82,26 @@ def test_with_the_same_noise_transformers_paints_the_same():
     torch.testing.assert_close(painted, theirs.logits)
     assert torch.equal(mask, theirs.mask)
     torch.testing.assert_close(masked_patch_mse(painted, net.to_patches(image), mask), theirs.loss)
+
+
+def test_positions_are_those_that_pretrained_checkpoints_have():
+    net = network(config={"hidden_size": 16, "num_attention_heads": 2})
+    ours = net.model.vit.embeddings.position_embeddings.clone()
+    net.model.vit.embeddings.initialize_weights()  # transformers' own, in the checkpoints' layout
+    torch.testing.assert_close(ours, net.model.vit.embeddings.position_embeddings.detach())
+    assert torch.equal(ours, sin_cos_positions(16, 4)) and not ours.requires_grad
+
+
+def test_neighbouring_columns_differ_in_the_first_half_and_rows_in_the_second():
+    first, right, below = sin_cos_positions(8, 3)[0, [1, 2, 4]]
+    assert torch.equal(first[4:], right[4:]) and not torch.equal(first[:4], right[:4])
+    assert torch.equal(first[:4], below[:4]) and not torch.equal(first[4:], below[4:])
+
+
+def test_black_pictures_have_finite_gradients():
+    net = network()
+    net(torch.zeros(2, 1, 8, 8)).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in net.parameters() if p.grad is not None)
 
 
 def test_blocks_behind_the_last_one_are_never_run():
