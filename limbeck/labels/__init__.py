@@ -5,7 +5,18 @@ the checkpoint and the same on all processes.
 """
 
 from .alignment import AverageAlignment, DistributionAlignment, align
+from .boxes import (
+    confident_boxes,
+    jitter_boxes,
+    jitter_variance,
+    merge_boxes,
+    score_thresholds,
+    uncovered,
+)
+from .clusters import Clusters, cluster_labels, kmeans, mutual_information, nearest_centre, whiten
+from .masks import confident_share, drop_uncertain, hard_mask, mask_accuracy
 from .memory import PredictionTable
+from .prototypes import class_means, prototype_scores, soft_assignment
 from .pseudo import PseudoLabels, pseudo_labels
 from .targets import hard, mix_targets, one_hot, sharpen, soften
 from .thresholds import (
@@ -22,6 +33,7 @@ from .weights import TruncatedGaussian, certainty, confidence, margin, negative_
 __all__ = [
     "AverageAlignment",
     "ClassAdaptive",
+    "Clusters",
     "DistributionAlignment",
     "PredictionTable",
     "PseudoLabels",
@@ -30,17 +42,35 @@ __all__ = [
     "TruncatedGaussian",
     "align",
     "certainty",
+    "class_means",
     "class_thresholds",
+    "cluster_labels",
     "confidence",
+    "confident_boxes",
+    "confident_share",
+    "drop_uncertain",
     "fixed",
     "hard",
+    "hard_mask",
+    "jitter_boxes",
+    "jitter_variance",
+    "kmeans",
     "margin",
+    "mask_accuracy",
+    "merge_boxes",
     "mix_targets",
+    "mutual_information",
+    "nearest_centre",
     "negative_entropy",
     "one_hot",
     "percentile",
+    "prototype_scores",
     "pseudo_labels",
     "quantile",
+    "score_thresholds",
     "sharpen",
+    "soft_assignment",
     "soften",
+    "uncovered",
+    "whiten",
 ]

@@ -4,7 +4,27 @@
 for all of its functions.
 """
 
+from .balance import balance_cv, balance_kl, balance_switch
 from .contrastive import info_nce, nt_xent, supervised_contrastive
+from .dense import (
+    binary_dice_loss,
+    dice_loss,
+    pixel_cross_entropy,
+    pixel_kl,
+    region_means,
+    resize_logits,
+)
+from .detection import generalized_iou, giou_loss
+from .diffusion import (
+    denoising,
+    discrimination,
+    distribution_matching,
+    distribution_matching_gradient,
+    gradient_as_loss,
+    pseudo_huber,
+    realism,
+    x0_weight,
+)
 from .divergence import (
     entropy,
     jensen_shannon,
@@ -26,7 +46,19 @@ from .feature import (
     resize_features,
     unit,
 )
+from .language import (
+    TokenReduction,
+    reduce_tokens,
+    shift,
+    token_cross_entropy,
+    token_divergence,
+    token_entropy,
+    token_soft_cross_entropy,
+    total_variation,
+)
+from .reconstruction import masked_patch_mse
 from .reduction import Reduction, reduce, upcast
+from .redundancy import barlow_twins, cross_correlation
 from .relation import (
     attention_relation,
     attention_transfer,
@@ -40,15 +72,31 @@ from .relation import (
 )
 
 __all__ = [
+    "masked_patch_mse",
     "Reduction",
+    "TokenReduction",
     "attention_relation",
     "attention_transfer",
+    "balance_cv",
+    "balance_kl",
+    "balance_switch",
+    "barlow_twins",
+    "binary_dice_loss",
     "channel_wise",
     "cosine_distance",
+    "cross_correlation",
+    "denoising",
+    "dice_loss",
+    "discrimination",
+    "distribution_matching",
+    "distribution_matching_gradient",
     "entropy",
     "feature_l1",
     "feature_mse",
     "feature_smooth_l1",
+    "generalized_iou",
+    "giou_loss",
+    "gradient_as_loss",
     "gram",
     "info_nce",
     "jensen_shannon",
@@ -57,11 +105,19 @@ __all__ = [
     "linear_kl",
     "normalize_features",
     "nt_xent",
+    "pixel_cross_entropy",
+    "pixel_kl",
+    "pseudo_huber",
+    "realism",
     "reduce",
+    "reduce_tokens",
+    "region_means",
     "resize_features",
+    "resize_logits",
     "reverse_kl",
     "rkd_angle",
     "rkd_distance",
+    "shift",
     "similarity_matrix",
     "similarity_preserving",
     "skew_kl",
@@ -70,6 +126,12 @@ __all__ = [
     "split_heads",
     "supervised_contrastive",
     "symmetric_kl",
+    "token_cross_entropy",
+    "token_divergence",
+    "token_entropy",
+    "token_soft_cross_entropy",
+    "total_variation",
     "unit",
     "upcast",
+    "x0_weight",
 ]

@@ -44,6 +44,20 @@ def test_with_warm_up_the_decay_grows_to_its_value(step, decay):
     torch.testing.assert_close(average.model[0].weight, wanted.detach(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("step", "decay"), [(0, 0.0), (1, 0.5), (3, 0.75), (9, 0.9), (10**6, 0.9)])
+def test_the_mean_warm_up_is_the_plain_mean_of_the_first_weights(step, decay):
+    average = EMA(net(0), 0.9, warmup="mean")
+    average.update(net(1), step)
+    wanted = decay * net(0)[0].weight + (1 - decay) * net(1)[0].weight
+    torch.testing.assert_close(average.model[0].weight, wanted.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_buffers_that_are_kept_are_the_copys_own():
+    average = EMA(net(0), 0.75, buffers="keep")
+    average.update(net(1), 0)
+    assert average.model[1].running_mean.eq(0).all() and average.model[1].num_batches_tracked == 0
+
+
 @pytest.mark.parametrize(("buffers", "mean"), [("copy", 1.0), ("average", 0.25)])
 def test_buffers_are_copied_or_averaged_and_counters_always_copied(buffers, mean):
     average = EMA(net(0), 0.75, buffers=buffers)
