@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -51,3 +52,22 @@ def _refused_by_the_system(error: BaseException | None) -> OSError | None:
 def write_text(path: Path, text: str) -> None:
     """`write_whole` for text."""
     write_whole(path, lambda file: file.write(text.encode()))
+
+
+def packaged_folder(name: str) -> Path:
+    """The folder of a model inside an installed Python package, for `package:<package>`; nothing of it is imported.
+
+    The folder is the first below the package that holds a `config.json` and weights or a tokenizer beside it.
+
+    Raises:
+        UserError: there is no such package, or no model in it.
+    """
+    package = name.removeprefix("package:")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"'{name}' names no installed package '{package}'; install it, or give a folder or hub id")
+    for place in spec.submodule_search_locations:
+        for file in sorted(Path(place).rglob("config.json")):
+            if any((file.parent / beside).exists() for beside in ("model.safetensors", "tokenizer.json")):
+                return file.parent
+    raise UserError(f"the package '{package}' holds no model (a config.json beside model.safetensors)")

@@ -143,7 +143,7 @@ def _save_transformers(core: Any, folder: Path) -> None:
 
 @contextmanager
 def _without_progress_bar() -> Iterator[None]:
-    """Of transformers, which shows one for every file that it writes."""
+    """Of transformers, which shows one for every file that it reads or writes."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -176,18 +176,34 @@ def _normalized(model: nn.Module, normalize: Normalization | None, resize: int |
     return Normalized(model, mean, std, resize)
 
 
-def _named_net(name: str, shape: dict[str, int], config: dict[str, Any]) -> nn.Module:
-    accepted = inspect.signature(NETS[name]).parameters
+def _named_net(
+    name: str, shape: dict[str, int], config: dict[str, Any], nets: Mapping[str, Any] = NETS
+) -> nn.Module:
+    accepted = inspect.signature(nets[name]).parameters
     for key in config:
         if key not in accepted:
             raise UserError(f"{name} has no argument '{key}'{_nearest(key, accepted)}.")
     shape = {key: value for key, value in shape.items() if key in accepted}
-    return NETS[name](**{**shape, **config})
+    return nets[name](**{**shape, **config})
 
 
 def _from_config(
     model_type: str, shape: dict[str, int], config: dict[str, Any], attn_implementation: str | None
 ) -> nn.Module:
+    asked = {_TRANSFORMERS_NAME[key]: value for key, value in shape.items()}
+    built = new_configuration(model_type, asked, config)
+    auto, wrapper = _task_of(built)
+    return wrapper(from_configuration(auto, built, attn_implementation))
+
+
+_TRANSFORMERS_NAME = {"num_classes": "num_labels", "in_channels": "num_channels", "image_size": "image_size"}
+
+
+def new_configuration(model_type: str, asked: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    """The configuration of that transformers type with what the data ask for, where the type has it, and `config`.
+
+    Raises `UserError` for an unknown type or key of `config` (with the nearest one), and for refused values.
+    """
     from transformers import CONFIG_MAPPING, AutoConfig
 
     if model_type not in CONFIG_MAPPING:
@@ -196,19 +212,21 @@ def _from_config(
     for key in config:
         if not hasattr(default, key):
             raise UserError(f"The configuration of '{model_type}' has no '{key}'{_nearest(key, default.to_dict())}.")
-    asked = {_TRANSFORMERS_NAME[key]: value for key, value in shape.items()}
+    # What `config` sets under the type's own name (gpt2's n_positions) must not be asked for by the general one too.
+    own_name = default.attribute_map
+    asked = {key: value for key, value in asked.items() if own_name.get(key) not in config}
     asked = {key: value for key, value in asked.items() if key == "num_labels" or hasattr(default, key)}
     try:
-        built = AutoConfig.for_model(model_type, **{**asked, **config})
+        return AutoConfig.for_model(model_type, **{**asked, **config})
     except (TypeError, ValueError) as error:
         raise UserError(f"The configuration of '{model_type}' is refused: {_one_line(error)}.") from error
-    auto, wrapper = _task_of(built)
+
+
+def from_configuration(auto: Any, built: Any, attn_implementation: str | None) -> nn.Module:
+    """The network of a transformers auto class and configuration, with random weights."""
     model = auto.from_config(built, attn_implementation=attn_implementation)
     model.origin = {"name": "transformers"}
-    return wrapper(model)
-
-
-_TRANSFORMERS_NAME = {"num_classes": "num_labels", "in_channels": "num_channels", "image_size": "image_size"}
+    return model
 
 
 def _pretrained(
@@ -218,39 +236,58 @@ def _pretrained(
     attn_implementation: str | None,
     trust_remote_code: bool,
 ) -> tuple[nn.Module, Normalization | None]:
-    from transformers import AutoConfig
-
-    if Path(source).is_dir():
-        refuse_pickle(Path(source))
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise UserError(f"'{source}' has no transformers configuration to load: {_one_line(error)}.") from error
+    config = read_configuration(source, trust_remote_code)
     _check_checkpoint(source, config, shape, new_head)
     if "num_classes" in shape:
         config.num_labels = shape["num_classes"]
     auto, wrapper = _task_of(config)
-    try:
-        model, info = auto.from_pretrained(
-            source,
-            config=config,
-            use_safetensors=True,
-            ignore_mismatched_sizes=new_head,
-            output_loading_info=True,
-            attn_implementation=attn_implementation,
-            trust_remote_code=trust_remote_code,
-            dtype=torch.float32,
-        )
-    except OSError as error:
-        raise UserError(f"'{source}' has no safetensors weights to load: {_one_line(error)}.") from error
-    random = sorted(info["missing_keys"])
+    model, random = from_checkpoint(auto, source, config, attn_implementation, trust_remote_code, new_head)
     if random and not new_head:
         raise UserError(
             f"'{source}' has no weights for {len(random)} parts (first '{random[0]}'), which would be random; "
             "pass new_head=True to fine-tune it, or choose a checkpoint with a trained classifier."
         )
-    model.origin = {"name": "transformers"}
     return wrapper(model), _processor_normalization(source)
+
+
+def read_configuration(source: str, trust_remote_code: bool) -> Any:
+    """The transformers configuration of a hub id or folder. Raises `UserError` where there is none, or a pickle."""
+    from transformers import AutoConfig
+
+    if Path(source).is_dir():
+        refuse_pickle(Path(source))
+    try:
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise UserError(f"'{source}' has no transformers configuration to load: {_one_line(error)}.") from error
+
+
+def from_checkpoint(
+    auto: Any,
+    source: str,
+    config: Any,
+    attn_implementation: str | None,
+    trust_remote_code: bool,
+    new_head: bool = False,
+) -> tuple[nn.Module, list[str]]:
+    """The network of a transformers auto class with that checkpoint's weights in float32 (safetensors only), and the
+    names of the parts that it has no weights for. `new_head` lets parts of another shape be random too."""
+    try:
+        with _without_progress_bar():
+            model, info = auto.from_pretrained(
+                source,
+                config=config,
+                use_safetensors=True,
+                ignore_mismatched_sizes=new_head,
+                output_loading_info=True,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
+                dtype=torch.float32,
+            )
+    except OSError as error:
+        raise UserError(f"'{source}' has no safetensors weights to load: {_one_line(error)}.") from error
+    model.origin = {"name": "transformers"}
+    return model, sorted(info["missing_keys"])
 
 
 def _check_checkpoint(source: str, config: Any, shape: dict[str, int], new_head: bool) -> None:

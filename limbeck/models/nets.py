@@ -211,7 +211,7 @@ def _truncated_normal(module: nn.Module) -> None:
 
 
 class Mlp(nn.Module):
-    """Flattened input, `hidden` layers with ReLU, one linear `head`.
+    """Flattened input, `hidden` layers with ReLU and dropout, one linear `head`.
 
     Takes `image_BCHW` of `image_size`, or rows [B, F] of a table with `in_channels=F, image_size=1`.
     """
@@ -222,6 +222,7 @@ class Mlp(nn.Module):
         in_channels: int = 3,
         image_size: int = 32,
         hidden: Sequence[int] = (256, 256),
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.origin = {
@@ -229,11 +230,12 @@ class Mlp(nn.Module):
             "num_classes": num_classes,
             "in_channels": in_channels,
             "image_size": image_size,
-            "config": {"hidden": list(hidden)},
+            "config": {"hidden": list(hidden), "dropout": dropout},
         }
         widths = [in_channels * image_size**2, *hidden]
         self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(a, b), nn.ReLU()) for a, b in zip(widths[:-1], widths[1:], strict=True)
+            nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Dropout(dropout))
+            for a, b in zip(widths[:-1], widths[1:], strict=True)
         )
         self.head = nn.Linear(widths[-1], num_classes)
         self.apply(_kaiming)

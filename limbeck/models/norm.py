@@ -77,3 +77,15 @@ def _synchronised(norm: _BatchNorm) -> SyncBatchNorm:
     made._parameters = dict(norm._parameters)
     made._buffers = dict(norm._buffers)
     return made.train(norm.training)
+
+
+def with_batch_statistics(model: nn.Module) -> nn.Module:
+    """The model, put in train mode for its BatchNorm layers alone: batch statistics, but no dropout and no drop-path.
+
+    Forward passes move its running statistics. Official codes of mean teachers in segmentation label like this.
+    """
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+    return model

@@ -48,7 +48,9 @@ def masks_figure(
     colours = class_colours(len(classes))
     rows, height, width = shape
     columns = 6.4 / 3
-    figure = Figure(figsize=(6.4, 0.7 + rows * columns * height / width + 0.2 * -(-len(classes) // 4)), layout="constrained")
+    figure = Figure(
+        figsize=(6.4, 0.7 + rows * columns * height / width + 0.2 * -(-len(classes) // 4)), layout="constrained"
+    )
     axes = figure.subplots(rows, 3, squeeze=False)
     pictures = images_NCHW.detach().cpu()
     pixels = (pictures.numpy() if pictures.is_floating_point() else pictures.numpy() / 255).transpose(0, 2, 3, 1)

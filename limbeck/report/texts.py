@@ -34,10 +34,10 @@ def texts_figure(prompts: Sequence[str], written: Mapping[str, Sequence[str]]) -
     # Height in lines: the prompt, a gap, the models' names, the longest text, and a gap to the next row.
     heights = [len(cell[0]) + 2.5 + max(len(text) for text in cell[1:]) + 1.5 for cell in cells]
     total = sum(heights) + 0.5
-    figure = Figure(figsize=(3.5 * max(len(written), 1.5), 0.155 * total))
+    figure = Figure(figsize=(3.4 * max(len(written), 2), 0.18 * total))  # inches of a column, and of a line
     top = 1 - 0.5 / total
     for cell, height in zip(cells, heights, strict=True):
-        _put(figure, 0.01, top, cell[0], weight="bold", color=_INK)
+        _put(figure, 0.01, top, cell[0], family="monospace", weight="bold", color=_INK)
         below = top - (len(cell[0]) + 0.7) / total
         for column, (model, text) in enumerate(zip(written, cell[1:], strict=True)):
             left = 0.01 + column / len(written)

@@ -86,3 +86,10 @@ def test_mlp_takes_rows_of_a_table():
 def test_impossible_nets_are_refused_in_one_sentence(build, words):
     with pytest.raises(UserError, match=words):
         build()
+
+
+def test_mlp_drops_out_in_training_alone():
+    net = Mlp(2, in_channels=4, image_size=1, hidden=(50,), dropout=0.5)
+    rows = torch.rand(3, 4)
+    assert not torch.equal(net.train()(rows), net(rows))
+    assert torch.equal(net.eval()(rows), net(rows))
