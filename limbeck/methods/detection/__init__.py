@@ -1,0 +1,1 @@
+"""Object detection: semi-supervised, source-free, few-shot and open-vocabulary systems."""

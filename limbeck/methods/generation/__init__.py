@@ -1,0 +1,1 @@
+"""Systems for diffusion models and other generators."""

@@ -1,0 +1,1 @@
+"""Several modalities at training time: cross-modal and multimodal teachers."""

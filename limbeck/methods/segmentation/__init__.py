@@ -1,0 +1,1 @@
+"""Systems for pictures with a class for every pixel."""
