@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from limbeck.data import splits
 from limbeck.data.images import GIBIBYTE, EncodedImages
@@ -101,8 +102,9 @@ def load_data(
     columns = _Columns(image_column, text_column, label_column, image_size)
     if isinstance(name_or_path, Mapping):
         name, found = "data", _to_samples(_from_memory(name_or_path), classes)
+        found = {split: _resized(samples, image_size) for split, samples in found.items()}
     elif str(name_or_path) == "digits":
-        name, found = "digits", _digits()
+        name, found = "digits", {split: _resized(samples, image_size) for split, samples in _digits().items()}
         validation_fraction = 0.1 if validation_fraction is None else validation_fraction
     else:
         name, found = Path(name_or_path).name, _to_samples(_find(str(name_or_path), columns), classes)
@@ -121,6 +123,22 @@ def load_data(
         )
         found.setdefault("unlabelled", rest)
     return Data(**found, name=name)
+
+
+def _resized(samples: Samples, size: int | tuple[int, int] | None) -> Samples:
+    """Pictures that are in memory already in another size, smoothed where they shrink, as files are on reading."""
+    images = samples.fields.get("image")
+    if size is None or not isinstance(images, Tensor):
+        return samples
+    if isinstance(size, int):
+        edge = min(images.shape[-2:])
+        top, left = (images.shape[-2] - edge) // 2, (images.shape[-1] - edge) // 2
+        images = images[..., top : top + edge, left : left + edge]
+    height, width = (size, size) if isinstance(size, int) else size
+    scaled = interpolate(images.float(), (height, width), mode="bilinear", antialias=True, align_corners=False)
+    if images.dtype == torch.uint8:
+        scaled = scaled.round().clamp(0, 255).to(torch.uint8)
+    return samples.with_fields({"image": scaled})
 
 
 def data_folder() -> Path:

@@ -142,8 +142,8 @@ class Stream:
             for field in self.carried:
                 if not getattr(inner, "keeps_place", False) and not hasattr(inner, _mover(field)):
                     raise UserError(
-                        f"The view {name!r} ({type(inner).__name__}) moves pixels but cannot move the samples' {field}: "
-                        "use one that can, such as 'weak', or one that only recolours, such as 'photometric'."
+                        f"The view {name!r} ({type(inner).__name__}) moves pixels but cannot move the samples' "
+                        f"{field}: use one that can, such as 'weak', or one that only recolours, such as 'photometric'."
                     )
 
     def state_dict(self) -> dict[str, Any]:

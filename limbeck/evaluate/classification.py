@@ -5,8 +5,6 @@ Shapes: N samples, C classes, M bins.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +14,7 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 from limbeck.data import Samples
 from limbeck.errors import UserError
+from limbeck.models import evaluating
 
 # The largest float32 below 1: torchmetrics gives a confidence of exactly 1 a bin of its own.
 _BELOW_ONE = 1.0 - 2.0**-24
@@ -75,7 +74,7 @@ def predict(
     if device is None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     labels = samples.labels.to(device)
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         parts = [
             model(_inputs(samples.batch(rows)[field], device)) for rows in torch.arange(len(samples)).split(batch_size)
         ]
@@ -183,14 +182,3 @@ def _inputs(value: Tensor | dict[str, Tensor], device: torch.device | str) -> Te
         return {name: part.to(device) for name, part in value.items()}
     value = value.to(device)
     return value.float() / 255 if value.dtype == torch.uint8 else value
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

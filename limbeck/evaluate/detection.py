@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from limbeck.data import Samples
 from limbeck.errors import UserError
-from limbeck.evaluate.classification import _evaluating, _inputs
+from limbeck.evaluate.classification import _inputs
+from limbeck.models import evaluating
 from limbeck.models.detection import Detections, pairwise_iou
 
 
@@ -48,7 +49,7 @@ def detect_all(
         raise UserError(f"The samples have no field '{field}' to evaluate on, they have {', '.join(samples.fields)}.")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     rows = torch.arange(len(samples)) if rows is None else rows
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         parts = [model(_inputs(samples.batch(part)[field], device)) for part in rows.split(batch_size)]
     return Detections(*(torch.cat([getattr(part, name).cpu() for part in parts]) for name in Detections._fields))
 

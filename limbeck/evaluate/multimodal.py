@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from limbeck.data import Samples
 from limbeck.errors import UserError
-from limbeck.evaluate.classification import _evaluating, classification_metrics
+from limbeck.evaluate.classification import classification_metrics
+from limbeck.models import evaluating
 from limbeck.train.reading import batches
 
 
@@ -35,6 +36,6 @@ def predict_fields(model: nn.Module, samples: Samples, *, batch_size: int = 256)
     if not len(samples):
         raise UserError("There are no samples to evaluate on; give a split that is not empty.")
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         logits_NC = torch.cat([model(fields) for fields in batches(samples, device, batch_size)]).float()
     return logits_NC, samples.labels.to(device)

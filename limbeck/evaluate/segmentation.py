@@ -13,7 +13,8 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from limbeck.data import Samples
 from limbeck.errors import UserError
-from limbeck.evaluate.classification import _evaluating, _inputs
+from limbeck.evaluate.classification import _inputs
+from limbeck.models import evaluating
 
 IGNORE = 255
 
@@ -33,7 +34,7 @@ class SegmentationEvaluator:
 def predict_masks(model: nn.Module, samples: Samples, *, batch_size: int = 32) -> Tensor:
     """int64 [N,H,W]: the class of highest logit at each pixel; the model runs in eval mode, where its weights are."""
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    with _evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.inference_mode():
         parts = [
             model(_inputs(samples.batch(rows)["image"], device)).argmax(1).cpu()
             for rows in torch.arange(len(samples)).split(batch_size)

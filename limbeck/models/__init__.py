@@ -25,7 +25,6 @@ from limbeck.models.language import (
     CausalLM,
     MaskedLM,
     Written,
-    evaluating,
     generate,
     load_language_model,
     require_same_vocabulary,
@@ -43,6 +42,7 @@ from limbeck.models.mae import (
     unpatchify,
 )
 from limbeck.models.masks import Masked, MaskNet, mask_for, masked
+from limbeck.models.modes import evaluating
 from limbeck.models.moe import DenseGateNet, GateNet, TopKRouter, top_k
 from limbeck.models.multimodal import MultimodalClassifier, OneModality, load_multimodal_model
 from limbeck.models.nets import (

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from limbeck.errors import UserError
+from limbeck.models.modes import evaluating
 
 Input = Tensor | Mapping[str, Tensor]
 
@@ -59,7 +59,12 @@ def count_flops(model: nn.Module, example: Input) -> int:
     """
     one = take_rows(example, 1)
     # Fused attention kernels of the CPU are not in the counter's table; the plain one is made of products.
-    with _measured(model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with (
+        evaluating(model),
+        torch.inference_mode(),
+        sdpa_kernel(SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
         model(one)
     return counter.get_total_flops()
 
@@ -73,7 +78,7 @@ def measure_latency(model: nn.Module, example: Input, batch_size: int = 1, repea
         raise UserError(f"repeats and batch_size must be at least 1, got {repeats} and {batch_size}.")
     batch = take_rows(example, batch_size)
     times = []
-    with _measured(model):
+    with evaluating(model), torch.inference_mode():
         for _ in range(warmup):
             model(batch)
         for _ in range(repeats):
@@ -96,18 +101,6 @@ def _rows_of(tensor: Tensor, rows: int) -> Tensor:
     if len(tensor) == 0:
         raise UserError("The example batch has no rows; give at least one.")
     return tensor[torch.arange(rows, device=tensor.device) % len(tensor)]
-
-
-@contextmanager
-def _measured(model: nn.Module) -> Iterator[None]:
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _wait(batch: Input) -> None:

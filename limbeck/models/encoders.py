@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from limbeck.errors import UserError
 from limbeck.files import packaged_folder
-from limbeck.models.language import evaluating
 from limbeck.models.load import from_checkpoint, from_configuration, new_configuration, read_configuration
+from limbeck.models.modes import evaluating
 from limbeck.models.unwrap import LogitsOf
 from limbeck.models.weights import load_weights
 

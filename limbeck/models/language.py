@@ -5,8 +5,7 @@ Shapes: B rows, P tokens of a prompt, L tokens of a row, V words of the vocabula
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from limbeck.errors import UserError
 from limbeck.models.load import DESCRIPTION, from_checkpoint, from_configuration, new_configuration, read_configuration
+from limbeck.models.modes import evaluating
 from limbeck.models.unwrap import LogitsOf, core_network
 from limbeck.models.weights import load_weights
 
@@ -290,15 +290,3 @@ def _draw(
         out_BV = torch.zeros_like(p_BV, dtype=torch.bool).scatter(1, order_BV, p_BV.cumsum(-1) - p_BV >= top_p)
         logits_BV = logits_BV.masked_fill(out_BV, -torch.inf)
     return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator)[:, 0]
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode; each of its modules gets its own mode back afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode

@@ -176,9 +176,7 @@ def _normalized(model: nn.Module, normalize: Normalization | None, resize: int |
     return Normalized(model, mean, std, resize)
 
 
-def _named_net(
-    name: str, shape: dict[str, int], config: dict[str, Any], nets: Mapping[str, Any] = NETS
-) -> nn.Module:
+def _named_net(name: str, shape: dict[str, int], config: dict[str, Any], nets: Mapping[str, Any] = NETS) -> nn.Module:
     accepted = inspect.signature(nets[name]).parameters
     for key in config:
         if key not in accepted:

@@ -74,7 +74,7 @@ def compare(
         workspace: one folder a run below it; finished runs are loaded, not repeated.
         say: is told of every finished run.
     """
-    named = dict(arms) if isinstance(arms, Mapping) else {Path(arm).stem: arm for arm in arms}
+    named = dict(arms) if isinstance(arms, Mapping) else {recipes.name_of(arm): arm for arm in arms}
     contents = {arm: recipes.override(recipes.read(recipe), settings or {}) for arm, recipe in named.items()}
     comparison, page = measure(contents, range(seeds), Path(workspace), allow_imports=allow_imports, say=say)
     write_page(Path(workspace) / "report.html", " against ".join(contents), comparison, page)

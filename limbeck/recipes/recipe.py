@@ -191,6 +191,11 @@ def bind(system: Any, *positional: Any, **named: Any) -> None:
     inspect.signature(system).bind(*positional, **named)
 
 
+def name_of(recipe: str | Path) -> str:
+    """The name of a slug, variant (`kd.transformers`) or YAML file, for folders and arms."""
+    return Path(recipe).name.removesuffix(".yaml").removesuffix(".yml")
+
+
 def import_object(name: str, allow_imports: bool) -> Any:
     """What `package.module:name` names. Importing runs that module's code, so the user must have allowed it."""
     if not allow_imports:

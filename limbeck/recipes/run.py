@@ -87,7 +87,7 @@ def run(
     parsed = recipes.parse(content, allow_imports)
     seed = parsed.settings.seed
     name = recipe if isinstance(recipe, str | Path) else content["method"]["name"]
-    path = Path(workspace or Path("runs") / Path(name).stem)
+    path = Path(workspace or Path("runs") / recipes.name_of(name))
     trainers = _trainers(parsed, seed, progress)
     fabric = next(iter(trainers.values())).fabric()
     ws = Workspace(path, content, seed=seed, fabric=fabric)
@@ -145,7 +145,7 @@ def _trained(recipe: str | Path | Mapping[str, Any], shared: Path, allow_imports
     """What a recipe ships; its workspace is named after its content, so that equal ones are trained once."""
     content = recipes.read(recipe)
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
-    name = Path(recipe).stem if isinstance(recipe, str | Path) else content["method"]["name"]
+    name = recipes.name_of(recipe) if isinstance(recipe, str | Path) else content["method"]["name"]
     folder = shared / f"{name}-{digest}"
     result = run(content, workspace=folder, allow_imports=allow_imports, progress=progress, report=False, shared=shared)
     return result.student

@@ -208,3 +208,18 @@ def test_cifar10_decodes_only_what_the_limit_keeps():
     assert data.classes[:2] == ["airplane", "automobile"] and data.train.fields["image"].shape == (200, 3, 32, 32)
     assert torch.bincount(data.train.labels).tolist() == [20] * 10
     assert int(data.train.index.max()) > 1000
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32])
+def test_pictures_in_memory_take_the_asked_size_as_files_do(dtype):
+    images = torch.zeros(6, 1, 8, 12, dtype=dtype)
+    images[:, :, :, 2:10] = 200 if dtype == torch.uint8 else 0.8  # the centre square
+    given = {"train": (images, torch.arange(6) % 2), "test": (images, torch.arange(6) % 2)}
+    square = load_data(given, image_size=4).train.fields["image"]
+    assert square.shape == (6, 1, 4, 4) and square.dtype == dtype
+    assert torch.equal(square, torch.full_like(square, images.max().item()))
+    assert load_data(given, image_size=(4, 10)).test.fields["image"].shape == (6, 1, 4, 10)
+
+
+def test_the_embedded_digits_take_the_asked_size():
+    assert load_data("digits", image_size=16).train.fields["image"].shape[1:] == (1, 16, 16)
