@@ -33,7 +33,7 @@ class Page:
     configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     columns: tuple[str, ...] = ()
-    figures: dict[str, Figure] = field(default_factory=dict)
+    figures: dict[str, dict[str, Figure]] = field(default_factory=dict)
 
     def add(self, arm: str, result: Result) -> str:
         """Take in a run: its test metrics and the means of what it logged. Returns it in a few words."""
@@ -45,8 +45,7 @@ class Page:
             self.configs[arm] = result.config
             self.data = self.data or describe(result.data)
             self.columns = self.columns or result.task.columns
-            shown = result.task.exhibits(result.student, result.data)
-            self.figures.update({f"{arm}: {caption}": figure for caption, figure in shown.items()})
+            self.figures[arm] = result.figures()
         main = column_of(result.task.columns[0])
         value = f"{main.number(result.metrics[main.metric])} {main.unit}".strip()
         return f"{main.title} {value}, {result.metrics['seconds']:5.1f} s"

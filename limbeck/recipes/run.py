@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from matplotlib.figure import Figure
 from torch import nn
 
 from limbeck import catalog
@@ -26,7 +27,7 @@ from limbeck.recipes.tasks import Task
 from limbeck.recipes.tasks.task import describe
 from limbeck.report import draw, write_report
 from limbeck.teachers import Frozen, Teacher
-from limbeck.train import Fit, Method, Stage, StreamSettings, Trainer, Workspace
+from limbeck.train import Exhibit, Fit, Method, Stage, StreamSettings, Trainer, Workspace
 from limbeck.train.checkpoint import seed_everything
 
 MACHINE = ("learning_rate", "samples_per_second")  # logged, but no measure of the method
@@ -51,6 +52,12 @@ class Result:
     workspace: Path
     task: Task
     config: dict[str, Any] = field(default_factory=dict)
+    exhibits: dict[str, Exhibit] = field(default_factory=dict)
+
+    def figures(self) -> dict[str, Figure]:
+        """What people look at, by caption: what the task shows of the student, and what the system showed of itself."""
+        shown = {caption: draw(exhibit) for caption, exhibit in self.exhibits.items()}
+        return {**self.task.exhibits(self.student, self.data), **shown}
 
     @property
     def fit(self) -> Fit:
@@ -283,18 +290,18 @@ def _finish(
 ) -> Result:
     """Measure what ships, save it, and write the report."""
     shipped = shipped.cpu().eval()
-    result = Result(shipped, method, {}, {}, dict(ws.fits), data, ws.path, task, config)
+    result = Result(shipped, method, {}, {}, dict(ws.fits), data, ws.path, task, config, dict(ws.exhibits))
     result.logged = _means(result.fits)
     result.metrics = _measure(ws, shipped, data, task)
     if rank() == 0:
         save_model(shipped, ws.path / "student")
         task.save_beside(data, ws.path / "student")
         if report:
-            _write_report(result, networks.get("teacher"), ws)
+            _write_report(result, networks.get("teacher"), list(ws.measured))
     return result
 
 
-def _write_report(result: Result, teacher: Any, ws: Workspace) -> None:
+def _write_report(result: Result, teacher: Any, measured_by_itself: Sequence[str]) -> None:
     """The page of one run: metrics beside the teacher's, what people look at, curves, calibration, configuration."""
     name, task = str(result.config["method"]["name"]), result.task
     arms = {name: [result.metrics]}
@@ -308,17 +315,16 @@ def _write_report(result: Result, teacher: Any, ws: Workspace) -> None:
     diagram = task.reliability(result.student, result.data)
     several = len(result.fits) > 1
     curves = {(stage if several else name): fit.train + fit.validation for stage, fit in result.fits.items()}
-    figures = {**task.exhibits(result.student, result.data), **{k: draw(v) for k, v in ws.exhibits.items()}}
     write_report(
         result.workspace / "report.html",
         title=f"{name} on {result.data.name}",
         comparison=comparison,
-        metrics=[metric for metric in (*task.columns, *ws.measured) if metric in comparison.metrics()],
+        metrics=[metric for metric in (*task.columns, *measured_by_itself) if metric in comparison.metrics()],
         context=[arm for arm in arms if arm != name],
         curves=curves,
         curve_metrics=[*measured, *terms],
         reliability={name: diagram} if diagram else {},
-        figures=figures,
+        figures={name: result.figures()},
         configuration=yaml.safe_dump(result.config, sort_keys=False),
     )
 

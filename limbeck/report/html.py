@@ -39,7 +39,7 @@ def write_report(
     curves: Mapping[str, Sequence[Mapping[str, float]]] | None = None,
     curve_metrics: Sequence[str] | None = None,
     reliability: Mapping[str, Reliability] | None = None,
-    figures: Mapping[str, Figure] | None = None,
+    figures: Mapping[str, Mapping[str, Figure]] | None = None,
     configuration: str = "",
     notes: Sequence[str] = (),
 ) -> Path:
@@ -57,7 +57,8 @@ def write_report(
         curves: arm to history rows, e.g. `fit.train + fit.validation`.
         curve_metrics: what of the rows is drawn; default: accuracy, nll and loss, or the first three there are.
         reliability: arm to its reliability diagram.
-        figures: caption to what people look at: pictures, boxes, masks, embeddings.
+        figures: arm to what people look at, by caption: pictures, boxes, masks, embeddings. What looks the same for
+            several arms (their common test samples) stands there once.
         configuration: the recipe's text.
         notes: paragraphs above the table.
 
@@ -86,7 +87,7 @@ def write_report(
         costs=_costs(comparison, shown[0]),
         curves=_curves(curves or {}, curve_metrics, list(comparison.arms)),
         reliability=[_reliability(arm, diagram) for arm, diagram in (reliability or {}).items()],
-        figures=[_picture(figure, f"{caption}.", caption, kind="png") for caption, figure in (figures or {}).items()],
+        figures=_figures(figures or {}),
         configuration=configuration.strip(),
         versions=comparison.versions,
     )
@@ -125,6 +126,24 @@ def _curves(
     return [
         _picture(curves_plot(curves, key, arms), f"{column_of(key).title} during training of {names}.") for key in keys
     ]
+
+
+def _figures(figures: Mapping[str, Mapping[str, Figure]]) -> list[_Picture]:
+    """The figures of all arms, each picture once, with the arm's name before its caption where arms differ in it."""
+    drawn: dict[str, list[tuple[str, _Picture]]] = {}
+    for arm, shown in figures.items():
+        for caption, figure in shown.items():
+            drawn.setdefault(caption, []).append((arm, _picture(figure, f"{caption}.", caption, kind="png")))
+    pictures = []
+    for caption, found in drawn.items():
+        sources = {picture.source for _, picture in found}
+        if len(sources) == 1:
+            pictures.append(found[0][1])
+        else:
+            pictures += [
+                _Picture(picture.source, f"{arm}: {picture.alt}", f"{arm}: {caption}") for arm, picture in found
+            ]
+    return pictures
 
 
 def _reliability(arm: str, diagram: Reliability) -> _Picture:

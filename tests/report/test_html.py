@@ -9,7 +9,7 @@ import torch
 
 from limbeck.errors import UserError
 from limbeck.evaluate import Comparison, reliability
-from limbeck.report import write_report
+from limbeck.report import image_grid, write_report
 
 HOSTILE = "<script>alert('x')</script>&\"$%"
 
@@ -49,7 +49,7 @@ def written(comparison, tmp_path):
         comparison=comparison,
         curves={HOSTILE: [{"step": 1, "epoch": 0, "accuracy": 0.4, "loss": 1.0}]},
         reliability={HOSTILE: reliability(torch.eye(4), torch.arange(4))},
-        images={HOSTILE: torch.rand(3, 1, 8, 8)},
+        figures={"teacher": {HOSTILE: image_grid(torch.rand(3, 1, 8, 8))}},
         configuration=HOSTILE,
         notes=[HOSTILE],
     )
@@ -104,7 +104,7 @@ def test_sections_without_content_are_left_out(tmp_path):
     comparison = Comparison({"kd": [{"accuracy": 0.9}]}, [0])
     page = Page(write_report(tmp_path / "r.html", title="One run", comparison=comparison).read_text())
     assert not page.all("img")
-    for heading in ("Claims", "Training", "Calibration", "Samples", "Configuration", "Size and latency"):
+    for heading in ("Claims", "Training", "Calibration", "What it does", "Configuration", "Size and latency"):
         assert heading not in page.text
     assert "90.00" in page.text and "One seed." in page.text
 
@@ -120,3 +120,14 @@ def test_no_file_is_left_when_an_argument_is_wrong(comparison, tmp_path):
     with pytest.raises(UserError, match="No history row has 'miou'"):
         write_report(tmp_path / "r.html", title="T", comparison=comparison, curves={}, curve_metrics=["miou"])
     assert not list(tmp_path.iterdir())
+
+
+def test_pictures_that_all_arms_share_stand_there_once_and_others_with_their_arm(comparison, tmp_path):
+    same, ones, zeros = torch.rand(3, 1, 8, 8), torch.ones(2, 1, 4, 4), torch.zeros(2, 1, 4, 4)
+    figures = {
+        "a": {"test samples": image_grid(same), "answers": image_grid(ones)},
+        "b": {"test samples": image_grid(same), "answers": image_grid(zeros)},
+    }
+    text = write_report(tmp_path / "r.html", title="t", comparison=comparison, figures=figures).read_text()
+    captions = [part.split("<")[0] for part in text.split("<figcaption>")[1:]]
+    assert captions == ["test samples", "a: answers", "b: answers"]
