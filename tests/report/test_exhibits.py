@@ -36,7 +36,9 @@ def test_bars_are_as_long_as_their_values():
 
 def test_a_table_shows_every_cell_and_its_headings():
     figure = draw(Rows(["query", "score"], [["a $x$ b", 0.51234], ["c", 2]]))
-    assert {"query", "score", "a $x$ b", "0.5123", "c", "2"} <= set(texts(figure))
+    (table,) = figure.axes[0].tables
+    cells = {cell.get_text().get_text() for cell in table.get_celld().values()}
+    assert cells == {"query", "score", "a $x$ b", "0.5123", "c", "2"}
 
 
 @pytest.mark.parametrize("exhibit", [Bars({"a$b$": 1.0}), Rows(["$"], [["$x"]])])

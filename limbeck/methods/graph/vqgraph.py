@@ -303,6 +303,7 @@ def against(model: Tokenizer, student: nn.Module, data: Graph) -> dict[str, floa
 
 
 def _map(known: dict[str, Tensor], data: Graph) -> Scatter:
-    centred_ND = known["vectors"] - known["vectors"].mean(0)
+    unit_ND = F.normalize(known["vectors"], dim=-1)  # codes are compared by direction
+    centred_ND = unit_ND - unit_ND.mean(0)
     _, axes_DD = torch.linalg.eigh(centred_ND.T @ centred_ND)
     return Scatter(centred_ND @ axes_DD[:, -2:], data.nodes.labels[data.observed.index], data.classes)
