@@ -1,7 +1,8 @@
 """Networks: loaders, reference nets, taps on inner layers, adapters, heads, costs, export."""
 
 from limbeck.models.adapters import Adapter, adapter_for
-from limbeck.models.audio import AudioNTT, Exits, PooledTaps, load_audio_model, mlp_projector, pooled
+from limbeck.models.audio import Exits, PooledTaps, load_audio_model, mlp_projector, pooled
+from limbeck.models.audio_ntt import AudioNTT
 from limbeck.models.cost import (
     Cost,
     count_flops,

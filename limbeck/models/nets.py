@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.errors import UserError
+from limbeck.models.audio_ntt import AudioNTT
 
 
 def _kaiming(module: nn.Module) -> None:
@@ -254,6 +255,7 @@ resnet56 = partial(CifarResNet, 56)
 resnet110 = partial(CifarResNet, 110)
 
 NETS: dict[str, Callable[..., nn.Module]] = {
+    "audio_ntt": AudioNTT,
     "resnet20": resnet20,
     "resnet32": resnet32,
     "resnet44": resnet44,

@@ -21,7 +21,7 @@ from limbeck.models import (
     pooled,
     save_model,
 )
-from limbeck.models.audio import frames
+from limbeck.models.audio_ntt import frames
 
 BLOCKS = ["blocks.0", "blocks.1", "blocks.2"]
 SMALL = {"channels": 4, "width": 24}
