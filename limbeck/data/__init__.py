@@ -10,7 +10,6 @@ from limbeck.data.dense import (
     load_segmentation,
     paste,
     random_boxes,
-    recolour,
 )
 from limbeck.data.detection import corrupt, load_detection, pad_boxes
 from limbeck.data.geometry import Affine, between, warp_boxes
@@ -113,7 +112,6 @@ __all__ = [
     "random_boxes",
     "read_by",
     "read_wav",
-    "recolour",
     "require_modalities",
     "resample",
     "split_labels",

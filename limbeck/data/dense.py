@@ -23,7 +23,7 @@ from limbeck.data.mixing import Mix, from_mask
 from limbeck.data.samples import Data, Samples
 from limbeck.data.sources import PICTURES, SPLIT_NAMES, data_folder, load_data
 from limbeck.data.splits import subset, train_validation
-from limbeck.data.views import VIEWS, Params, adjust_brightness, adjust_contrast, adjust_saturation, blur, turn_hue
+from limbeck.data.views import VIEWS, Params
 from limbeck.errors import UserError
 
 IGNORE = 255
@@ -109,23 +109,7 @@ def _between(place: Tensor, start: Tensor, length: Tensor) -> Tensor:
     return (place >= start[..., None]) & (place < (start + length)[..., None])
 
 
-# ---------------------------------------------------------------- views
-
-
-def recolour(images_BCHW: Tensor, jitter: float = 0.2) -> Tensor:
-    """Colour jitter with probability 0.8 and blur with probability 0.5 of each picture (DACS's strong transform).
-
-    Brightness, contrast and saturation are scaled by 1 +- jitter, hues turned by up to jitter of the circle; blur of
-    sigma 0.15 to 1.15 pixels.
-    """
-    rows, device = len(images_BCHW), images_BCHW.device
-    jittered_B = torch.rand(rows, device=device) < 0.8
-    factors_3B = torch.where(jittered_B, torch.empty(3, rows, device=device).uniform_(1 - jitter, 1 + jitter), 1.0)
-    hue_B = torch.where(jittered_B, torch.empty(rows, device=device).uniform_(-jitter, jitter) * 2 * torch.pi, 0.0)
-    images_BCHW = adjust_contrast(adjust_brightness(images_BCHW, factors_3B[0]), factors_3B[1])
-    images_BCHW = turn_hue(adjust_saturation(images_BCHW, factors_3B[2]), hue_B)
-    sigma_B = torch.empty(rows, device=device).uniform_(0.15, 1.15)
-    return blur(images_BCHW, torch.where(torch.rand(rows, device=device) < 0.5, sigma_B, 0.0))
+# ---------------------------------------------------------------- a view
 
 
 class CropFlip:

@@ -32,7 +32,8 @@ class Photometric:
 
     With probability `jitter_probability` brightness, contrast and saturation are scaled by factors in 1 +- `jitter`
     (three numbers) and hues turned by up to `hue` of the circle, in that order; grey with probability `grey`, Gaussian
-    blur with a sigma in 0.1 to 2 pixels with probability `blur`; each number of `erasing` is the probability of one
+    blur with a sigma drawn evenly from `sigma`, in pixels, with probability `blur` (the default is for pictures of 600
+    pixels: scale it with their size); each number of `erasing` is the probability of one
     erasing pass, whose rectangle has a share of the picture and a shape drawn from `ERASED`. Pictures of one channel
     keep hue and saturation. Use it as `{name: photometric, of: weak}` to share another view's geometry.
 
@@ -49,15 +50,18 @@ class Photometric:
         jitter_probability: float = 0.8,
         grey: float = 0.2,
         blur: float = 0.5,
+        sigma: tuple[float, float] = (0.1, 2.0),
         erasing: Sequence[float] = (0.7, 0.5, 0.3),
     ) -> None:
         require_share(jitter_probability=jitter_probability, grey=grey, blur=blur)
         if len(jitter) != 3 or not all(0 <= part <= 1 for part in jitter) or not 0 <= hue <= 0.5:
             raise UserError(f"Got jitter={list(jitter)} and hue={hue}, expected 3 numbers in 0..1, hue in 0..0.5.")
+        if not 0 < sigma[0] <= sigma[1]:
+            raise UserError(f"sigma is {list(sigma)}, expected two positive numbers of pixels in rising order.")
         if len(erasing) > len(ERASED) or not all(0 <= p <= 1 for p in erasing):
             raise UserError(f"erasing is {list(erasing)}, expected at most {len(ERASED)} probabilities.")
         self.jitter, self.hue, self.jitter_probability = tuple(jitter), hue, jitter_probability
-        self.grey, self.blur, self.erasing = grey, blur, tuple(erasing)
+        self.grey, self.blur, self.sigma, self.erasing = grey, blur, (sigma[0], sigma[1]), tuple(erasing)
 
     def draw(self, images: Tensor) -> Params:
         """`factors` [B,3]; `hue` (radians), `grey`, `sigma` (0: none) [B]; `erased` [B,E,4] (top, left, bottom, right
@@ -67,7 +71,7 @@ class Photometric:
         spread = torch.tensor(self.jitter, device=device)
         factors = 1 + spread * (2 * torch.rand(rows, 3, device=device) - 1)
         hue = (2 * torch.rand(rows, device=device) - 1) * self.hue * 2 * torch.pi
-        sigma = torch.empty(rows, device=device).uniform_(0.1, 2.0)
+        sigma = torch.empty(rows, device=device).uniform_(*self.sigma)
         return {
             "factors": torch.where(jittered[:, None], factors, 1.0),
             "hue": torch.where(jittered, hue, 0.0),

@@ -24,7 +24,6 @@ from limbeck.data import (
     make_view,
     paste,
     random_boxes,
-    recolour,
 )
 from limbeck.errors import UserError
 
@@ -104,14 +103,6 @@ def test_paste_moves_pictures_masks_and_weights_alike():
     pasted = paste(where, front, back)
     torch.testing.assert_close(paste(where, picture_of(front), picture_of(back)), picture_of(pasted))
     assert torch.equal(pasted[~where], back[~where]) and set(pasted[where].tolist()) <= {1, 3}
-
-
-def test_recolouring_stays_in_range_and_keeps_a_grey_pictures_place():
-    torch.manual_seed(0)
-    images = torch.rand(B, 3, H, W)
-    changed = recolour(images)
-    assert changed.shape == images.shape and changed.amin() >= 0 and changed.amax() <= 1
-    assert not torch.equal(changed, images)
 
 
 # ---------------------------------------------------------------- the view

@@ -74,7 +74,9 @@ def test_each_operation_happens_as_often_as_asked():
     assert params["hue"].abs().max() <= 0.2 * torch.pi + 1e-6
 
 
-@pytest.mark.parametrize("setting", [{"jitter": (0.4,)}, {"hue": 0.9}, {"blur": 2.0}, {"erasing": (0.1,) * 4}])
+@pytest.mark.parametrize(
+    "setting", [{"jitter": (0.4,)}, {"hue": 0.9}, {"blur": 2.0}, {"sigma": (2.0, 1.0)}, {"erasing": (0.1,) * 4}]
+)
 def test_settings_out_of_range_are_refused(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
         Photometric(**setting)

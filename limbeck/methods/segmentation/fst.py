@@ -24,7 +24,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from limbeck.data import Stream, box_mix, class_mask, paste, recolour
+from limbeck.data import Photometric, Stream, box_mix, class_mask, paste
 from limbeck.errors import UserError, require_share
 from limbeck.labels import confident_share, drop_uncertain, hard_mask, mask_accuracy
 from limbeck.losses import pixel_cross_entropy
@@ -34,6 +34,10 @@ from limbeck.train import Batch, Losses, Method, Snapshot, Soup
 
 Flavour = Literal["ssl", "uda"]
 IGNORE = 255
+# What DACS does to mixed pictures; sigma in pixels.
+RECOLOUR = Photometric(
+    (0.2, 0.2, 0.2), hue=0.2, jitter_probability=0.8, grey=0, blur=0.5, sigma=(0.15, 1.15), erasing=()
+)
 
 
 def renormalized_cross_entropy(logits_BCHW: Tensor, mask_BHW: Tensor) -> Tensor:
@@ -192,7 +196,7 @@ class FST(Method):
         weight_BHW[:, :top] = 0
         weight_BHW[:, pseudo_BHW.shape[1] - bottom :] = 0
         pasted_BHW = class_mask(truth_BHW, of="batch")
-        mixed_BCHW = recolour(paste(pasted_BHW, source["weak"], target_BCHW))
+        mixed_BCHW = RECOLOUR(paste(pasted_BHW, source["weak"], target_BCHW))
         # As in mmsegmentation of that time, both means are over all pixels, ignored ones too.
         return {
             "ce": pixel_cross_entropy(self.student(source["weak"]), truth_BHW, reduction="mean", count_ignored=True),

@@ -375,7 +375,7 @@ def test_cutmix_is_done_for_the_whole_batch_or_not_at_all():
 def test_uda_weighs_target_pixels_by_the_confident_share_and_source_pixels_by_one(monkeypatch):
     import limbeck.methods.segmentation.fst as module
 
-    monkeypatch.setattr(module, "recolour", lambda images: images)
+    monkeypatch.setattr(module, "RECOLOUR", lambda images: images)
     drawn = torch.zeros(B, H, W, dtype=torch.bool)
     drawn[:, :, : W // 2] = True
     monkeypatch.setattr(module, "class_mask", lambda mask, of: drawn)
