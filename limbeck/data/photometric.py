@@ -33,9 +33,9 @@ class Photometric:
     With probability `jitter_probability` brightness, contrast and saturation are scaled by factors in 1 +- `jitter`
     (three numbers) and hues turned by up to `hue` of the circle, in that order; grey with probability `grey`, Gaussian
     blur with a sigma drawn evenly from `sigma`, in pixels, with probability `blur` (the default is for pictures of 600
-    pixels: scale it with their size); each number of `erasing` is the probability of one
-    erasing pass, whose rectangle has a share of the picture and a shape drawn from `ERASED`. Pictures of one channel
-    keep hue and saturation. Use it as `{name: photometric, of: weak}` to share another view's geometry.
+    pixels: scale it with their size); each number of `erasing` is the probability of one erasing pass, whose rectangle
+    has a share of the picture and a shape drawn from `ERASED`. Pictures of one channel keep hue and saturation. Use it
+    as `{name: photometric, of: weak}` to share another view's geometry.
 
     Source: the strong view of Unbiased Teacher (Liu et al. 2021), which LPLD and PS-TTL take over. Uniform noise
     replaces the erased pixels, where the official code draws normal noise that wraps around in 8 bits.

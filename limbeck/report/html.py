@@ -55,7 +55,8 @@ def write_report(
         metrics: columns of the table, the main one first. Default: all.
         context: arms that are no rivals, a teacher say: first in the table and never marked as best.
         curves: arm to history rows, e.g. `fit.train + fit.validation`.
-        curve_metrics: what of the rows is drawn; default: accuracy, nll and loss, or the first three there are.
+        curve_metrics: what of the rows is drawn; default: accuracy, nll and loss, or the first three there are. What
+            has one point only is left out.
         reliability: arm to its reliability diagram.
         figures: arm to what people look at, by caption: pictures, boxes, masks, embeddings. What looks the same for
             several arms (their common test samples) stands there once.
@@ -122,6 +123,9 @@ def _curves(
 ) -> list[_Picture]:
     there = curve_keys(curves)
     keys = wanted if wanted is not None else [key for key in _CURVES if key in there] or there[:3]
+    # One point is no curve: a run that was evaluated at its end alone has nothing to draw.
+    points = {key: max((sum(key in row for row in rows) for rows in curves.values()), default=0) for key in keys}
+    keys = [key for key in keys if points[key] != 1]  # 0: no such column, which is said below
     names = ", ".join(curves)
     return [
         _picture(curves_plot(curves, key, arms), f"{column_of(key).title} during training of {names}.") for key in keys

@@ -47,7 +47,7 @@ def written(comparison, tmp_path):
         tmp_path / "new folder" / "report.html",
         title=HOSTILE,
         comparison=comparison,
-        curves={HOSTILE: [{"step": 1, "epoch": 0, "accuracy": 0.4, "loss": 1.0}]},
+        curves={HOSTILE: [{"step": step, "epoch": 0, "accuracy": 0.4, "loss": 1.0} for step in (1, 2)]},
         reliability={HOSTILE: reliability(torch.eye(4), torch.arange(4))},
         figures={"teacher": {HOSTILE: image_grid(torch.rand(3, 1, 8, 8))}},
         configuration=HOSTILE,
