@@ -88,11 +88,17 @@ def compare(known: argparse.Namespace, rest: list[str]) -> None:
     _print_table(comparison, known.recipes[0], "Test data: mean ± deviation")
     first, *others = comparison.arms
     main = column_of(columns_of(known.recipes[0])[0])
+    unit = " points" if main.unit == "%" else f" {main.unit}".rstrip()
+    digits = 4 if main.digits is None else main.digits
+
+    def shown(difference: float) -> str:
+        return f"{main.scale * difference:+.{digits}f}"
+
     for arm in others:
         paired = comparison.paired(arm, first, main.metric)
-        line = f"{arm} against {first}: {main.title} {main.scale * paired.difference:+.4g} {main.unit}".rstrip()
+        line = f"{arm} against {first}: {main.title.lower()} {shown(paired.difference)}{unit}"
         if paired.p is not None and paired.low is not None and paired.high is not None:
-            interval = f"{main.scale * paired.low:+.4g} to {main.scale * paired.high:+.4g}"
+            interval = f"{shown(paired.low)} to {shown(paired.high)}"
             line += f" (95 % interval {interval}, paired t-test p = {paired.p:.2g})"
         _say(line)
     _say(f"report: {known.workspace}/report.html")

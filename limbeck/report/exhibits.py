@@ -32,7 +32,8 @@ def _scatter(scatter: Scatter) -> Figure:
         axes.plot(mine[:, 0], mine[:, 1], marker, color=colour, markersize=3, alpha=0.7, label=short(name, 16))
     axes.set_xticks([])
     axes.set_yticks([])
-    legend(figure, axes)
+    if len(groups.unique()) <= 20:  # nobody looks up one colour among fifty
+        legend(figure, axes)
     return figure
 
 
