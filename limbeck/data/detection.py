@@ -33,6 +33,7 @@ def load_detection(
     image_size: int | tuple[int, int] | None = None,
     labelled_fraction: float | None = None,
     target_fraction: float | None = None,
+    hidden_boxes: bool = False,
     corruption: Corruption | None = None,
     severity: float = 1.0,
     corrupted: Sequence[str] = ("unlabelled", "test"),
@@ -63,8 +64,9 @@ def load_detection(
     large. Validation and test splits, `limit`, `memory_limit` and `seed` are those of `load_data`. `labelled_fraction`
     of the training pictures, drawn by `seed`, keep their boxes; the others become `unlabelled`. For a target domain
     without labels `target_fraction` of the training pictures, always the last ones, become `unlabelled` instead:
-    whatever the seed, a source model that was trained on the others has not seen them. `corruption` shifts the splits
-    named in `corrupted` to another domain, see `corrupt`.
+    whatever the seed, a source model that was trained on the others has not seen them. `hidden_boxes` leaves the
+    unlabelled pictures their boxes, which methods without labels only use to measure themselves. `corruption` shifts
+    the splits named in `corrupted` to another domain, see `corrupt`.
 
     Raises `UserError` for a set that is not there, boxes outside of their picture (by more than a pixel: smaller
     excesses are rounding and are clipped) or without area, naming the row; `bad_boxes="mend"` clips the ones and leaves
@@ -84,7 +86,7 @@ def load_detection(
         if most is not None and most < len(samples):
             found[split] = splits.subset(samples, most, seed)
     found = {split: _decoded(samples, memory_limit, progress) for split, samples in found.items()}
-    found = _without_labels(found, labelled_fraction, target_fraction, seed)
+    found = _without_labels(found, labelled_fraction, target_fraction, hidden_boxes, seed)
     if corruption is not None:
         for split in set(corrupted) & set(found):
             changed = corrupt(_all_pictures(found[split]), found[split].index, corruption, severity)
@@ -175,7 +177,7 @@ def _complete(
 
 
 def _without_labels(
-    found: dict[str, Samples], labelled: float | None, target: float | None, seed: int
+    found: dict[str, Samples], labelled: float | None, target: float | None, hidden: bool, seed: int
 ) -> dict[str, Samples]:
     if labelled is not None and target is not None:
         raise UserError("labelled_fraction and target_fraction both take boxes away; give one of them.")
@@ -192,7 +194,8 @@ def _without_labels(
         order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     else:
         order = torch.arange(len(train))
-    rest = train.select(order[kept:].sort().values).without("boxes", "box_labels")
+    rest = train.select(order[kept:].sort().values)
+    rest = rest if hidden else rest.without("boxes", "box_labels")
     return {**found, "train": train.select(order[:kept].sort().values), "unlabelled": rest}
 
 

@@ -142,6 +142,8 @@ def test_the_target_domain_is_the_same_for_every_seed_and_has_no_boxes():
     first, second = (load_detection(in_memory(), target_fraction=0.3, seed=seed) for seed in (0, 1))
     assert torch.equal(first.unlabelled.index, second.unlabelled.index)
     assert first.unlabelled.index.tolist() == [7, 8, 9] and len(first.train) == 7
+    kept = load_detection(in_memory(), target_fraction=0.3, hidden_boxes=True).unlabelled
+    assert kept.fields["boxes"].shape == (3, 1, 4)
     assert "boxes" not in first.unlabelled.fields and first.unlabelled.classes == ["a", "b"]
 
 

@@ -36,7 +36,7 @@ from limbeck.models.detection import (
     pairwise_iou,
 )
 from limbeck.teachers import EMA
-from limbeck.train import Batch, Losses, Method
+from limbeck.train import Batch, Fields, Losses, Method
 
 BACKGROUND_MASS = 1e-9  # what the target keeps of the background
 
@@ -78,6 +78,12 @@ def low_confidence(
     p = without_background(scored.logits)
     sure_BR = (p.classes.amax(-1) >= certainty) & (p.background <= background)
     return proposals.valid & free_BR & sure_BR & confident.valid.any(-1, keepdim=True)
+
+
+def on_objects(boxes_BR4: Tensor, labels_BR: Tensor, truth: Targets) -> Tensor:
+    """bool [B, R]: boxes that overlap a true box of their class by an IoU of at least 0.5."""
+    same_BRM = labels_BR[..., None] == truth.labels[:, None]
+    return ((pairwise_iou(boxes_BR4, truth.boxes) >= 0.5) & same_BRM & truth.valid[:, None]).any(-1)
 
 
 def distillation_loss(student: Scored, teacher: Scored, kept_BR: Tensor) -> Tensor:
@@ -156,8 +162,24 @@ class LPLD(Method):
         student = self.student.score_boxes(features, proposals.boxes)
         losses["lpl"] = self.scale * distillation_loss(student, scored, kept_BR)
 
-        self.log(confident_boxes=confident.valid.float().sum(-1).mean(), low_confidence=kept_BR.float().sum(-1).mean())
+        self._log_labels(proposals, scored, kept_BR, confident, batch["target"])
         return losses
+
+    @torch.no_grad()
+    def _log_labels(
+        self, proposals: Proposals, scored: Scored, kept_BR: Tensor, confident: Targets, target: Fields
+    ) -> None:
+        """Labels of both kinds per picture, and how many of them are right where the data keep hidden boxes."""
+        self.log(confident_boxes=confident.valid.float().sum(-1).mean(), low_confidence=kept_BR.float().sum(-1).mean())
+        if "weak_boxes" in target:  # only measured
+            truth = Targets(target["weak_boxes"], target["weak_box_labels"])
+            label_BR = scored.logits[..., :-1].argmax(-1)
+            refined_BR4 = refined_boxes(proposals.boxes, scored)
+            right_BR = on_objects(refined_BR4, label_BR, truth) & kept_BR
+            right_BM = on_objects(confident.boxes, confident.labels, truth) & confident.valid
+            self.log(
+                confident_right=right_BM.float().sum(-1).mean(), low_confidence_right=right_BR.float().sum(-1).mean()
+            )
 
     @torch.no_grad()
     def watch(self, weak: Tensor) -> tuple[Proposals, Scored, Targets]:

@@ -330,6 +330,24 @@ def test_a_picture_at_a_time_averages_to_the_batch():
     torch.testing.assert_close(whole, sum(step(method, part)["lpl"] for part in parts) / B)
 
 
+def test_hidden_boxes_are_measured_and_never_learnt_from():
+    method, fields = LPLD(source(), **LOOSE), batch()
+    blind = step(method, fields)
+    assert "low_confidence_right" not in method.logged
+    found_proposals, answer, hpl = method.watch(fields["target"]["weak"])
+    kept = low_confidence(found_proposals, answer, hpl, iou=0.9, certainty=0.3, background=0.99)
+    b, r = kept.nonzero()[0].tolist()
+    boxes, labels = torch.zeros(B, 1, 4), torch.full((B, 1), -1)
+    boxes[b, 0] = refined_boxes(found_proposals.boxes, answer)[b, r]
+    labels[b, 0] = answer.logits[b, r, :K].argmax()
+    seen = step(method, {"target": {**fields["target"], "weak_boxes": boxes, "weak_box_labels": labels}})
+    assert all(torch.equal(seen[name], blind[name]) for name in blind)
+    assert 1 / B <= method.logged["low_confidence_right"] <= method.logged["low_confidence"]
+    nothing = {**fields["target"], "weak_boxes": boxes, "weak_box_labels": torch.full((B, 1), -1)}
+    step(method, {"target": nothing})
+    assert method.logged["low_confidence_right"] == method.logged["confident_right"] == 0
+
+
 @pytest.mark.parametrize("setting", [{"score": 1.5}, {"iou": -0.1}, {"ema_decay": 2.0}, {"background": 99}])
 def test_settings_out_of_range_are_refused(setting):
     with pytest.raises(UserError, match=next(iter(setting))):
