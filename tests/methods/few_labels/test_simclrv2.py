@@ -19,6 +19,7 @@ from limbeck.teachers import Frozen
 from limbeck.train.checkpoint import load_tensors
 from tests.train.toys import norm_net, pictures
 
+
 class Vectors(nn.Module):
     """An encoder and a projector in one: the pictures' own numbers."""
 
