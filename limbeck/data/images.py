@@ -104,11 +104,15 @@ class EncodedImages:
             for k in range(start, min(start + CHUNK, len(items))):
                 out[k] = self._decode(items[k])
 
+        from rich.console import Console
         from rich.progress import track
+
+        console = Console(stderr=True)
+        hidden = not (progress and console.is_terminal)  # into a file it would write empty lines
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             done = pool.map(fill, starts := range(0, len(items), CHUNK))
-            for _ in track(done, "Decoding pictures", len(starts), disable=not progress, transient=True):
+            for _ in track(done, "Decoding pictures", len(starts), console=console, disable=hidden, transient=True):
                 pass
         return torch.from_numpy(out)
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -25,6 +26,7 @@ def scene(seed: int, pictures: int = 4, most: int = 6, classes: int = 3) -> tupl
     boxes = torch.cat([corner, corner + 8 + torch.rand(pictures, most, 2, generator=generator) * 20], -1)
     labels = torch.randint(-1, classes, (pictures, most), generator=generator)
     noisy = boxes + torch.randn(boxes.shape, generator=generator) * 2
+    noisy = torch.cat([noisy[..., :2], noisy[..., 2:].maximum(noisy[..., :2] + 1)], -1)
     found_labels = torch.where(torch.rand(pictures, most, generator=generator) < 0.8, labels, labels.flip(1))
     scores = torch.rand(pictures, most, generator=generator)
     return Detections(noisy, scores, found_labels), boxes, labels
@@ -49,10 +51,8 @@ def looped_ap(found: Detections, boxes: Tensor, labels: Tensor, label: int, iou:
         hits += hit
         precisions.append(hits / number)
         recalls.append(hits / total)
-    points = [
-        max((p for p, r in zip(precisions, recalls, strict=True) if r >= k / 100 - 1e-9), default=0.0)
-        for k in range(101)
-    ]
+    levels = np.linspace(0, 1, 101)  # pycocotools' own: 0.6 among them is a bit above 3 / 5
+    points = [max((p for p, r in zip(precisions, recalls, strict=True) if r >= k), default=0.0) for k in levels]
     return sum(points) / 101
 
 
