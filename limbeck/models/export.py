@@ -31,7 +31,7 @@ def export_model(
     size in what is written, and so may the number of tokens. The model is exported in eval mode, normalisation
     included, and left in the mode in which it came.
 
-    Raises `UserError` for an unknown format and when the ONNX packages are missing.
+    Raises `UserError` for an unknown format, when the ONNX packages are missing, and for a network that is no graph.
     """
     unknown = [f for f in formats if f not in FORMATS]
     if unknown:
@@ -89,6 +89,13 @@ def _program(model: nn.Module, example: Input) -> torch.export.ExportedProgram:
     try:
         with torch.no_grad():
             return torch.export.export(model.eval(), (rows,), dynamic_shapes=(_dynamic(rows),))
+    except Exception as error:  # tracing fails in as many ways as networks are written
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"{type(model).__name__} cannot be written as one graph ({reason}); a network whose path depends on what "
+            "it sees, such as a detector's suppression of boxes, is written by formats=('safetensors',) only "
+            "(--formats safetensors)."
+        ) from error
     finally:
         model.train(training)
 

@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 import torch
+from torch import nn
 
 from limbeck.errors import UserError
 from limbeck.models import SmallCnn, check_onnx, convert_sync_batchnorm, export_model, load_model
@@ -81,3 +82,17 @@ def test_missing_onnx_packages_are_named(tmp_path, monkeypatch):
 def test_an_unknown_format_is_refused(tmp_path):
     with pytest.raises(UserError, match="no export format 'tflite'"):
         export_model(SmallCnn(), tmp_path, torch.rand(1, 3, 8, 8), formats=["tflite"])
+
+
+class _Undecided(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return image if bool((image.sum() * self.scale) > 0) else -image
+
+
+def test_a_network_whose_path_depends_on_its_input_is_refused_in_one_sentence(tmp_path):
+    with pytest.raises(UserError, match=r"_Undecided cannot be written as one graph .*--formats safetensors"):
+        export_model(_Undecided(), tmp_path, torch.rand(2, 1, 4, 4), formats=("torch_export",))
