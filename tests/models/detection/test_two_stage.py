@@ -82,14 +82,18 @@ def test_overfitting_two_pictures_finds_their_objects(pictures):
     for picture, boxes, labels in zip(pictures, TWO.boxes, TWO.labels, strict=True):
         for (x1, y1, x2, y2), label in zip(boxes.int().tolist(), labels.tolist(), strict=True):
             picture[label, y1:y2, x1:x2] = 1.0
-    optimizer = torch.optim.AdamW(model.parameters(), 5e-3)
-    for _ in range(80):
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(150):
         optimizer.zero_grad()
         sum(model.losses(pictures, TWO).values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
     found = model(pictures)
-    assert found.labels[0, :2].sort().values.tolist() == [0, 2] and found.labels[1, 0] == 1
-    assert pairwise_iou(found.boxes[1, :1], TWO.boxes[1, :1]).item() > 0.6
+    for row, place in (TWO.labels >= 0).nonzero().tolist():
+        scores = found.scores[row].masked_fill(found.labels[row] != TWO.labels[row, place], -1)
+        surest = found.boxes[row, scores.argmax()]
+        assert scores.max() > 0.3
+        assert pairwise_iou(surest[None], TWO.boxes[row, place : place + 1]).item() > 0.5
 
 
 def test_given_boxes_are_scored_as_they_are_and_in_any_order(pictures):
