@@ -246,7 +246,9 @@ def parser_of(method: Any, task: Task, without: Collection[str] = ()) -> Any:
     add_method = parser.add_class_arguments if interface.is_method else parser.add_function_arguments
     add_method(method, "method", skip={*interface.objects}, **({"instantiate": False} if interface.is_method else {}))
     task.add_data_arguments(parser)
-    for section in interface.networks.keys() - set(without):
+    for section in interface.networks:
+        if section in without:
+            continue
         parser.add_function_arguments(task.load_model, section)
         parser.add_argument(f"--{section}.run", type=str, help="recipe that trains this network first")
     if interface.is_method:

@@ -151,6 +151,7 @@ def _networks(
 def _trained(recipe: str | Path | Mapping[str, Any], shared: Path, allow_imports: bool, progress: bool) -> nn.Module:
     """What a recipe ships; its workspace is named after its content, so that equal ones are trained once."""
     content = recipes.read(recipe)
+    content.pop("claim", None)
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     name = recipes.name_of(recipe) if isinstance(recipe, str | Path) else content["method"]["name"]
     folder = shared / f"{name}-{digest}"

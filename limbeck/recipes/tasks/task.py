@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from limbeck.data import Data, Samples
 from limbeck.errors import UserError
 from limbeck.evaluate import Reliability
-from limbeck.models import load_model, measure_cost
+from limbeck.models import count_flops, count_parameters, count_weight_bytes, load_model, measure_latency
 from limbeck.train.stage import viewed_field
 
 NOT_IN_RECIPES = {"seed", "progress"}  # the recipe's own seed is used; the terminal decides about progress
@@ -91,14 +91,8 @@ class Task:
         """Quality on the test data, and cost of one sample."""
         found, example = dict(self.evaluator(data)(model, data.test)), self.example(data)
         if example is not None:
-            cost = measure_cost(model, example)
-            found |= {"flops": cost.flops, "latency_ms": cost.latency_ms}
-        weights = list(model.parameters())
-        return {
-            **found,
-            "parameters": sum(weight.numel() for weight in weights),
-            "weight_bytes": sum(weight.numel() * weight.element_size() for weight in weights),
-        }
+            found |= {"flops": count_flops(model, example), "latency_ms": measure_latency(model, example)}
+        return {**found, "parameters": count_parameters(model), "weight_bytes": count_weight_bytes(model)}
 
     def exhibits(self, model: nn.Module, data: Data) -> dict[str, Figure]:
         """What people look at, by caption: boxes, masks, samples."""
