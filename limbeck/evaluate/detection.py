@@ -8,6 +8,7 @@ Shapes: N pictures, M boxes of a picture (padded with label -1), T IoU threshold
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,10 +26,20 @@ from limbeck.models.detection import Detections, pairwise_iou
 
 @dataclass(frozen=True)
 class DetectionEvaluator:
-    """`evaluator(model, samples)` gives the metrics: `detect_all`, then `detection_metrics`."""
+    """`evaluator(model, samples)` gives the metrics: `detect_all`, then `detection_metrics`.
+
+    Raises:
+        UserError: pycocotools is not installed; said here, before a detector is trained, not after.
+    """
 
     batch_size: int = 24
     field: str = "image"
+
+    def __post_init__(self) -> None:
+        if importlib.util.find_spec("pycocotools") is None:
+            raise UserError(
+                "average precision needs pycocotools, which is not installed: pip install limbeck[detection]"
+            )
 
     def __call__(self, model: nn.Module, samples: Samples) -> dict[str, float]:
         found = detect_all(model, samples, batch_size=self.batch_size, field=self.field)

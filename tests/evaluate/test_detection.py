@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 
@@ -168,3 +169,9 @@ def test_truth_that_does_not_fit_is_refused():
         detection_metrics(found, boxes[:2], labels[:2], ["a", "b", "c"])
     with pytest.raises(UserError, match="only|there are 1 classes"):
         detection_metrics(found, boxes, labels, ["a"])
+
+
+def test_without_pycocotools_it_is_refused_before_anything_is_trained(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"pip install limbeck\[detection\]"):
+        DetectionEvaluator()
