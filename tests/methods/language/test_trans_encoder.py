@@ -301,3 +301,9 @@ def test_bad_input_is_refused(data: Pairs, tmp_path: Path, change: dict, message
         trans_encoder(workspace(tmp_path), data, cross=stage(), bi=stage(), **given)
     with pytest.raises(UserError, match="there are none; use load_pairs"):
         trans_encoder(workspace(tmp_path), replace(data, unlabelled=None), encoder(), cross=stage(), bi=stage())
+
+
+def test_swapping_the_sentences_leaves_the_bi_encoders_scores(data) -> None:
+    fields = data.unlabelled.fields
+    swapped = {**fields, "tokens_a": fields["tokens_b"], "tokens_b": fields["tokens_a"]}
+    torch.testing.assert_close(score_pairs(encoder(), fields), score_pairs(encoder(), swapped))
