@@ -330,3 +330,8 @@ def test_rows_of_numbers_run_from_a_recipe(recipe, tmp_path):
     path = recipe(data={"name_or_path": "table"}, student={"name": "mlp", "config": {"hidden": [16]}})
     assert main(["run", path, "--workspace", "out", "--trainer.epochs", "20"]) == 0
     assert json.loads((tmp_path / "out/result.json").read_text())["accuracy"] > 0.9
+
+
+def test_a_setting_that_is_no_yaml_is_named(recipe, capsys):
+    assert main(["run", recipe(), "--trainer.epochs", "[3"]) == 2
+    assert "--trainer.epochs: '[3' is no valid YAML" in capsys.readouterr().err

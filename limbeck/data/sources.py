@@ -102,12 +102,12 @@ def load_data(
     columns = _Columns(image_column, text_column, label_column, image_size)
     if isinstance(name_or_path, Mapping):
         name, found = "data", _to_samples(_from_memory(name_or_path), classes)
-        found = {split: _resized(samples, image_size) for split, samples in found.items()}
     elif str(name_or_path) == "digits":
-        name, found = "digits", {split: _resized(samples, image_size) for split, samples in _digits().items()}
+        name, found = "digits", _digits()
         validation_fraction = 0.1 if validation_fraction is None else validation_fraction
     else:
         name, found = Path(name_or_path).name, _to_samples(_find(str(name_or_path), columns), classes)
+    found = {split: _resized(samples, image_size) for split, samples in found.items()}
     if limit is None:  # all at once: one cache file serves every seed and fraction
         found = {split: _decoded(samples, memory_limit, progress) for split, samples in found.items()}
     found = _complete(found, test_fraction, validation_fraction, seed)

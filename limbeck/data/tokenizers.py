@@ -27,7 +27,7 @@ def load_tokenizer(name: str, *, texts: Iterable[str] = (), vocab_size: int = 40
 
     source = str(packaged_folder(name)) if name.startswith("package:") else name.removeprefix("hf:")
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(
             f"there is no tokenizer '{name}' ({str(error).splitlines()[0]}); give '{WORDPIECE}' to train one on the "

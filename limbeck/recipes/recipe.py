@@ -82,7 +82,10 @@ def override(recipe: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, A
             if not isinstance(inner, dict):
                 raise UserError(f"--{dotted}: '{name}' is {inner!r} in the recipe, it has no keys")
             place = inner
-        place[last] = yaml.safe_load(value) if isinstance(value, str) else value
+        try:
+            place[last] = yaml.safe_load(value) if isinstance(value, str) else value
+        except yaml.YAMLError:
+            raise UserError(f"--{dotted}: {value!r} is no valid YAML; close its brackets and quotes") from None
         if dotted == "method":
             result["method"] = {"name": value}
     return result

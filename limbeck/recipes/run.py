@@ -371,7 +371,8 @@ def restore(workspace: str | Path) -> Result:
         raise UserError(f"{workspace} is no workspace: it has no recipe.yaml; give the folder of a finished run")
     if not (Path(workspace) / "result.json").is_file():
         raise UserError(f"the run in {workspace} is not finished; run it again to go on with it")
-    return run(file, workspace=workspace, report=False)
+    beside = file.resolve().parent.parent.parent / "networks"  # where a comparison keeps what its arms share
+    return run(file, workspace=workspace, report=False, shared=beside if beside.is_dir() else None)
 
 
 def _model(settings: Any, data: Data, task: Task, section: str, allow_imports: bool, *, trained: bool) -> nn.Module:

@@ -39,7 +39,7 @@ class Classification(Task):
         if all(value is None for value in labels.values()):
             return data
         labelled, unlabelled = split_labels(data.train, **labels, keep_labelled_in_unlabelled=keep, seed=seed)
-        return replace(data, train=labelled, unlabelled=unlabelled)
+        return replace(data, train=labelled, unlabelled=unlabelled if data.unlabelled is None else data.unlabelled)
 
     def shape(self, data: Data, section: str) -> dict[str, Any]:
         example = self.example(data)
@@ -86,7 +86,7 @@ def tokenized(data: Data, *, tokenizer: str | None = None, max_length: int = 128
     from transformers import AutoTokenizer
 
     try:
-        reader = AutoTokenizer.from_pretrained(tokenizer)
+        reader = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"there is no tokenizer '{tokenizer}' ({str(error).splitlines()[0]})") from error
 

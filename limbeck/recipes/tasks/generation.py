@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
@@ -40,7 +38,7 @@ def load_images(
     The splits do not change with `seed`, the run's: a teacher that several runs share, and the network whose features
     the metrics read, must not have been trained on another run's test images.
     """
-    data = load_data(
+    return load_data(
         name_or_path,
         image_size=image_size,
         limit=limit,
@@ -50,20 +48,6 @@ def load_images(
         label_column=label_column,
         seed=0,
     )
-    if image_size is None:
-        return data
-    validation = None if data.validation is None else _scaled(data.validation, image_size)
-    train, test = _scaled(data.train, image_size), _scaled(data.test, image_size)
-    return replace(data, train=train, test=test, validation=validation)
-
-
-def _scaled(samples: Samples, size: int) -> Samples:
-    """Images that are kept as a tensor at `size` pixels a side; others were scaled when they were decoded."""
-    images = samples.fields["image"]
-    if not isinstance(images, Tensor) or images.shape[-2:] == (size, size):
-        return samples
-    scaled = F.interpolate(images.float(), (size, size), mode="bilinear", antialias=True)
-    return samples.with_fields({"image": scaled.round().clamp(0, 255).to(torch.uint8)})
 
 
 class Generation(Task):
