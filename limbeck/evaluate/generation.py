@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from limbeck.data import Samples
 from limbeck.errors import UserError
-from limbeck.models import Outputs, SmallCnn, split_head
+from limbeck.models import Outputs, SmallCnn, evaluating, split_head
 from limbeck.models.diffusion import OdeSampler, Sampler, denoiser_of
 
 
@@ -160,9 +160,8 @@ class GenerationEvaluator:
                 "give data of its size"
             )
         asked = self._labels(sampler, samples)
-        was_training = sampler.training
-        made = sampler.eval().sample(self.count, torch.Generator().manual_seed(self.seed), label_B=asked).cpu()
-        sampler.train(was_training)
+        with evaluating(sampler):
+            made = sampler.sample(self.count, torch.Generator().manual_seed(self.seed), label_B=asked).cpu()
         return self.compare(made, real, asked, samples.fields.get("label"))
 
     def compare(

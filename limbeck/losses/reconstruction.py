@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .reduction import check_same_shape, upcast
+from .reduction import check_same_shape, reduce, upcast
 
 
 def masked_patch_mse(painted_BLP: Tensor, target_BLP: Tensor, mask_BL: Tensor) -> Tensor:
@@ -18,6 +18,5 @@ def masked_patch_mse(painted_BLP: Tensor, target_BLP: Tensor, mask_BL: Tensor) -
     section 3 and the official code.
     """
     check_same_shape(painted_BLP, target_BLP)
-    mask_BL = upcast(mask_BL)
     error_BL = (upcast(painted_BLP) - upcast(target_BLP)).square().mean(-1)
-    return (error_BL * mask_BL).sum() / mask_BL.sum().clamp(min=1)
+    return reduce(error_BL, reduction="mean", mask=mask_BL)

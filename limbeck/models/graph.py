@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from limbeck.errors import UserError
 from limbeck.models.load import DESCRIPTION, load_model
+from limbeck.models.modes import evaluating
 from limbeck.models.weights import load_weights, refuse_pickle
 
 
@@ -119,15 +120,9 @@ def node_logits(model: nn.Module, features_NF: Tensor, edge_index: Tensor) -> Te
     A dropped-out node or a moving codebook must not enter: the model's mode is put back afterwards.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            inputs = (features_NF.to(device), edge_index.to(device))
-            logits_NC = model(*inputs) if isinstance(model, GraphModel) else model(inputs[0])
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(model), torch.inference_mode():
+        inputs = (features_NF.to(device), edge_index.to(device))
+        logits_NC = model(*inputs) if isinstance(model, GraphModel) else model(inputs[0])
     return logits_NC.float().cpu().clone()
 
 

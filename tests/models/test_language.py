@@ -259,7 +259,10 @@ def test_what_was_written_can_be_trained_on():
     model = causal(sharpness=1.0)
     written = generate(model, prompts(3, 5), max_new_tokens=6, generator=drawn())
     logits = model(written.tokens)
-    F.cross_entropy(logits[:, :-1].flatten(0, 1), written.labels[:, 1:].flatten(), ignore_index=-100).backward()
+    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), written.labels[:, 1:].flatten(), ignore_index=-100)
+    loss.backward()
+    assert loss.isfinite()
+    assert any(p.grad is not None and p.grad.any() for p in model.parameters())
 
 
 def test_a_prompt_that_leaves_no_room_is_refused():

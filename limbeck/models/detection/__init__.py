@@ -46,7 +46,6 @@ from limbeck.models.detection.two_stage import (
     TwoStageDetector,
     TwoStageSettings,
     as_targets,
-    rows_of,
 )
 
 __all__ = [
@@ -89,7 +88,6 @@ __all__ = [
     "pairwise_iou",
     "region_losses",
     "roi_align",
-    "rows_of",
     "rpn_losses",
     "sample_regions",
     "take_rows",

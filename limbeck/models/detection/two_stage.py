@@ -24,7 +24,6 @@ from limbeck.models.detection.boxes import (
     decode_boxes,
     nms,
     pairwise_iou,
-    take_rows,
 )
 from limbeck.models.detection.losses import RPN_WEIGHTS, region_losses, rpn_losses
 from limbeck.models.detection.roi_align import roi_align
@@ -315,8 +314,3 @@ def as_targets(detections: Detections, keep_BM: Tensor) -> Targets:
     """The detections that `keep_BM` is True for as training targets; the others become padding."""
     keep_BM = keep_BM & (detections.labels >= 0)
     return Targets(torch.where(keep_BM[..., None], detections.boxes, 0.0), detections.labels.masked_fill(~keep_BM, -1))
-
-
-def rows_of(scored: Scored, rows_BK: Tensor) -> Scored:
-    """The answers for some of the boxes, [B, K, ...]."""
-    return Scored(*(take_rows(part, rows_BK) for part in scored))
