@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.errors import UserError
+from limbeck.models.audio import load_audio_model
 from limbeck.models.heads import split_head
 from limbeck.models.load import DESCRIPTION, Normalization, load_model
 from limbeck.models.unwrap import LogitsOf
@@ -43,13 +44,6 @@ class OneModality(LogitsOf):
 
     def forward(self, inputs: Tensor | Fields) -> Tensor:
         return self.model(inputs if isinstance(inputs, Tensor) else _field(inputs, self.modality))
-
-
-class SpectrogramLogits(LogitsOf):
-    """A transformers audio classifier that reads spectrograms (AST) as `spectrogram_B1MT -> logits_BC`."""
-
-    def forward(self, spectrogram_B1MT: Tensor) -> Tensor:
-        return self.model(input_values=spectrogram_B1MT.squeeze(1).transpose(1, 2)).logits
 
 
 class ConcatFusion(nn.Module):
@@ -230,11 +224,13 @@ def _network(spec: Mapping[str, Any], shape: Sequence[int] | None, num_classes: 
     given = {key: value for key, value in spec.items() if value is not None}
     name = given.pop("name")
     known: dict[str, Any] = {} if num_classes is None else {"num_classes": num_classes}
-    if str(name).startswith("hf-config:") and (audio := _spectrogram_classifier(str(name)[10:], given, shape, known)):
-        return audio
-    if shape is not None and not str(name).startswith(("hf:", "timm:")) and not Path(str(name)).exists():
-        known |= {"in_channels": shape[0], "image_size": shape[-1]}
     try:
+        if str(name).startswith("hf-config:") and (
+            audio := _spectrogram_classifier(str(name)[10:], given, shape, known)
+        ):
+            return audio
+        if shape is not None and not str(name).startswith(("hf:", "timm:")) and not Path(str(name)).exists():
+            known |= {"in_channels": shape[0], "image_size": shape[-1]}
         return load_model(name, **{**known, **given})
     except TypeError as error:
         raise UserError(f"the network {name!r} does not fit load_model: {error}") from None
@@ -244,20 +240,15 @@ def _spectrogram_classifier(
     model_type: str, given: Mapping[str, Any], shape: Sequence[int] | None, known: Mapping[str, Any]
 ) -> nn.Module | None:
     """A transformers audio classifier of spectrograms with random weights; None for types that are none."""
-    from transformers import CONFIG_MAPPING, MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING, AutoModelForAudioClassification
+    from transformers import CONFIG_MAPPING, MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING
 
     if model_type not in CONFIG_MAPPING or CONFIG_MAPPING[model_type] not in MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING:
         return None
     default = CONFIG_MAPPING[model_type]()
     if not hasattr(default, "num_mel_bins") or not hasattr(default, "max_length"):
         return None  # it reads waveforms
-    sizes = {} if shape is None else {"num_mel_bins": shape[-2], "max_length": shape[-1]}
-    labels = {"num_labels": known["num_classes"]} if known else {}
-    model = AutoModelForAudioClassification.from_config(
-        CONFIG_MAPPING[model_type](**{**sizes, **labels, **given.get("config", {})})
-    )
-    model.origin = {"name": "transformers"}
-    return SpectrogramLogits(model)
+    sizes: dict[str, Any] = {} if shape is None else {"n_mels": shape[-2], "n_frames": shape[-1]}
+    return load_audio_model(f"hf-config:{model_type}", **sizes, **known, **given)
 
 
 def _known(modality: str | None, shapes: Mapping[str, Sequence[int]] | None) -> str:

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from limbeck.errors import UserError
 from limbeck.models import Taps, class_count, save_model
+from limbeck.models.audio import SpectrogramLogits
 from limbeck.models.multimodal import (
     ConcatFusion,
     GatedFusion,
     MultimodalClassifier,
     OneModality,
-    SpectrogramLogits,
     SumFusion,
     load_multimodal_model,
 )
@@ -110,3 +110,11 @@ def test_a_spectrogram_transformer_of_transformers_is_an_encoder_like_any_other(
     assert isinstance(one.model, SpectrogramLogits) and one(batch()).shape == (4, 5)
     both = load_multimodal_model(encoders={"image": vit, "spectrogram": ast}, num_classes=5, shapes=SHAPES, hidden=None)
     assert both(batch()).shape == (4, 5) and both.head.in_features == 24
+
+
+def test_weights_of_a_sound_encoder_that_are_not_there_are_refused(tmp_path):
+    spec = {"name": "hf-config:audio-spectrogram-transformer", "weights": str(tmp_path / "none.safetensors")}
+    with pytest.raises(UserError, match="none.safetensors"):
+        load_multimodal_model(
+            "multimodal", encoders={"spectrogram": spec}, shapes={"spectrogram": [1, 64, 40]}, num_classes=3
+        )
