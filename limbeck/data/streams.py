@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor
 from limbeck.data.samples import Samples
 from limbeck.data.views import On, View
 from limbeck.errors import UserError
+
+
+Reader = Callable[[Tensor, int, int], Mapping[str, Any]]  # index_B, epoch, position -> fields
 
 
 class Stream:
@@ -30,7 +34,8 @@ class Stream:
     often; an epoch is then ceil(N / (B*W)) steps.
 
     `views` are applied by `render` to the field `view_field`, on the device, and stored under their names.
-    The parameters of those views named in `record` are stored as `<view>_params`, to replay or keep them.
+    The parameters of those views named in `record` are stored as `<view>_params`, to replay or keep them; a view whose
+    parameters are in the batch already (put `beside` it) is replayed by them and draws nothing.
     Samples with masks or boxes get `<view>_mask`, `<view>_boxes` and `<view>_box_labels` beside each view; a box
     that a view leaves without area gets the label -1. A view made by `On` is applied to an earlier view.
     `workers` > 0 reads batches ahead in that many processes: for images that decode when they are asked for.
@@ -70,8 +75,17 @@ class Stream:
         self.carried = tuple(name for name in _CARRIED if name in samples.fields)
         self._check_views()
         self.record = tuple(record)
+        self.readers: list[Reader] = []
         self.epoch, self.position = 0, 0
         self.name: str | None = None
+
+    def beside(self, reader: Reader) -> None:
+        """Put what `reader(index_B, epoch, position)` gives into every batch: fields of tensors, or dicts of tensors.
+
+        It runs on the host, one batch ahead of the loop, and what it gives goes to the device with the batch. It must
+        be a pure function of its arguments, so that a resumed run reads the same.
+        """
+        self.readers.append(reader)
 
     def open(self, name: str, seed: int, rank: int = 0, world_size: int = 1) -> None:
         """Name the stream and go to its start; once, before the first `next`."""
@@ -88,6 +102,7 @@ class Stream:
             view.reset()
         self._permutations: dict[int, Tensor] = {}
         self._ahead: Iterator[dict] | None = None
+        self._reading: tuple[ThreadPoolExecutor, dict[tuple[int, int], Future[dict]]] | None = None
         self._pin = torch.cuda.is_available()
 
     @property
@@ -107,7 +122,10 @@ class Stream:
     def next(self) -> dict:
         """The next batch, on the host (pinned where there is CUDA); goes on into the next epoch."""
         self._require_open()
-        batch = self._read_ahead() if self.workers else self.samples.batch(self._rows(self.epoch, self.position))
+        rows = self._rows(self.epoch, self.position)
+        batch = self._read_ahead() if self.workers else self.samples.batch(rows)
+        if self.readers:
+            batch |= self._read_beside(rows)
         self.epoch, self.position = self._after(self.epoch, self.position)
         return _pin(batch) if self._pin else batch
 
@@ -117,10 +135,12 @@ class Stream:
         for name, view in self.views.items():
             of = view.of if isinstance(view, On) else None
             images = rendered[of or self.view_field]
-            if name not in self.record and not self.carried:
+            params = rendered.get(f"{name}_params")
+            if params is None and name not in self.record and not self.carried:
                 rendered[name] = view(images)
                 continue
-            params = view.draw(images)
+            if params is None:
+                params = view.draw(images)
             rendered[name] = view.apply(images, params)
             if name in self.record:
                 rendered[f"{name}_params"] = params
@@ -230,6 +250,22 @@ class Stream:
         except UserError as error:  # a worker's error carries its traceback: its last line is the sentence
             self._ahead = None
             raise UserError(str(error).strip().splitlines()[-1].split("UserError: ")[-1]) from None
+
+    def _read_beside(self, rows: Tensor) -> dict:
+        """What the readers give for these rows, read while the loop was busy with the batch before."""
+        here, ahead = (self.epoch, self.position), self._after(self.epoch, self.position)
+
+        def read(rows: Tensor, place: tuple[int, int]) -> dict:
+            index = self.samples.index[rows]
+            return {name: value for reader in self.readers for name, value in reader(index, *place).items()}
+
+        if self._reading is None:
+            self._reading = ThreadPoolExecutor(1), {}
+        pool, coming = self._reading
+        found = coming.pop(here).result() if here in coming else read(rows, here)
+        coming.clear()  # of another place, after a jump
+        coming[ahead] = pool.submit(read, self._rows(*ahead), ahead)
+        return found
 
     def _rows_from(self, epoch: int, position: int) -> Iterator[list[int]]:
         while True:

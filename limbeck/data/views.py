@@ -141,20 +141,20 @@ class Strong:
         self.weak = Weak(padding, flip)
 
     def draw(self, images: Tensor) -> Params:
-        """`Weak`'s; on the host `operation` int64 [N,B], `strength` [N,B] in -1..1; `centre` [B,2]."""
+        """`Weak`'s; on the host `operation` int64 [B,N], `strength` [B,N] in -1..1; `centre` [B,2]."""
         rows = len(images)
         strength = torch.rand(self.n, rows) if self.m is None else torch.full((self.n, rows), self.m / 30)
         return {
             **self.weak.draw(images),
-            "operation": torch.randint(len(OPERATIONS), (self.n, rows)),
-            "strength": torch.where(torch.rand(self.n, rows) < 0.5, -strength, strength),
+            "operation": torch.randint(len(OPERATIONS), (self.n, rows)).T,
+            "strength": torch.where(torch.rand(self.n, rows) < 0.5, -strength, strength).T,
             "centre": torch.rand(rows, 2, device=images.device),
         }
 
     def apply(self, images: Tensor, params: Params) -> Tensor:
         """[B,C,H,W] to [B,C,H,W]."""
         images = self.weak.apply(images, params)
-        for operation, strength in zip(params["operation"], params["strength"], strict=True):
+        for operation, strength in zip(params["operation"].T, params["strength"].cpu().T, strict=True):
             images = rand_augment(images, operation, strength, self.fill)
         return cut_out(images, params["centre"], self.cutout, self.fill) if self.cutout else images
 

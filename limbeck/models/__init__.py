@@ -60,7 +60,7 @@ from limbeck.models.nets import (
 )
 from limbeck.models.norm import SyncBatchNorm, convert_sync_batchnorm, with_batch_statistics
 from limbeck.models.normalize import IMAGENET_MEAN, IMAGENET_STD, Normalize, Normalized
-from limbeck.models.outputs import Outputs
+from limbeck.models.outputs import Outputs, TopK
 from limbeck.models.projector import Projector
 from limbeck.models.quantize import Quantized, VectorQuantizer, code_usage
 from limbeck.models.segmentation import MiniDeepLab, load_segmenter, require_classes
@@ -108,6 +108,7 @@ __all__ = [
     "SmallViT",
     "SyncBatchNorm",
     "Taps",
+    "TopK",
     "TopKRouter",
     "VectorQuantizer",
     "Written",

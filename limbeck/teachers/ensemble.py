@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
+from limbeck.data import Stream
 from limbeck.errors import UserError
 from limbeck.models import Outputs
 from limbeck.teachers.teacher import Teacher
@@ -55,6 +56,10 @@ class Ensemble(Teacher):
     def __call__(self, fields: Mapping[str, Any], view: str) -> Outputs:
         logits_MBC = torch.stack([teacher.logits(fields, view) for teacher in self.teachers])
         return Outputs(logits=combine(logits_MBC, self.weights.to(logits_MBC.device), self.average))
+
+    def join(self, streams: Mapping[str, Stream]) -> None:
+        for teacher in self.teachers:
+            teacher.join(streams)
 
     def to(self, device: torch.device | None = None, memory_format: torch.memory_format | None = None) -> Self:
         for teacher in self.teachers:

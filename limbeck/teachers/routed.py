@@ -11,6 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from limbeck.data import Stream
 from limbeck.errors import UserError
 from limbeck.models import Outputs
 from limbeck.models.moe import pick
@@ -65,6 +66,10 @@ class Routed(Teacher):
                 f"{', '.join(fields)}"
             )
         return Outputs(logits=self.picked(fields, view, fields[self.route][:, None])[0])
+
+    def join(self, streams: Mapping[str, Stream]) -> None:
+        for teacher in self.teachers:
+            teacher.join(streams)
 
     def to(self, device: torch.device | None = None, memory_format: torch.memory_format | None = None) -> Self:
         for teacher in self.teachers:

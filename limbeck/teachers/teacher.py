@@ -8,8 +8,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from limbeck.data import Stream
 from limbeck.errors import UserError
-from limbeck.models import Outputs
+from limbeck.models import Outputs, TopK
 
 
 class Teacher:
@@ -31,6 +32,14 @@ class Teacher:
         if logits is None:
             raise UserError(f"the teacher ({type(self).__name__}) gives no logits; give one that classifies")
         return logits
+
+    def top_k(self, fields: Mapping[str, Any], view: str, k: int) -> TopK:
+        """The k likeliest classes (or words) of each item. Teachers that know no more than these keep them sparse."""
+        return TopK.of(self.logits(fields, view), k)
+
+    def join(self, streams: Mapping[str, Stream]) -> None:
+        """Told of a stage's streams before its first step: a teacher on disk compares its rows with the samples here,
+        has the views replayed that it answered for, and puts its answers into the batches."""
 
     def to(self, device: torch.device | None = None, memory_format: torch.memory_format | None = None) -> Self:
         """Move what it holds to a device or memory format, in place."""

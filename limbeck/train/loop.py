@@ -127,6 +127,8 @@ class Loop:
         for stream_name, stream in self.streams.items():
             stream.open(stream_name, seed=trainer.seed, rank=rank(), world_size=world_size())
         self.clock = method.clock = Clock.of(method, self.streams, trainer)
+        for teacher in method.teachers().values():
+            teacher.join(self.streams)
         method.prepare(self.streams)
         self._share_weights()
         place(method, trainer, self.fabric.device)
