@@ -2,6 +2,7 @@
 
 from limbeck.data.audio import AudioData, LogMel, load_audio, log_mel, mel_filters, read_wav, resample
 from limbeck.data.audio_views import LogMixup, MaskSpans, RandomWindow, ResizeCrop
+from limbeck.data.canvas import on_canvas, shown_share
 from limbeck.data.dense import (
     CropFlip,
     box_mix,
@@ -16,7 +17,7 @@ from limbeck.data.geometry import Affine, between, warp_boxes
 from limbeck.data.graphs import Graph, full_batch, load_graph
 from limbeck.data.images import EncodedImages
 from limbeck.data.language import LanguageData, MaskTokens, load_language, prompt_tokens
-from limbeck.data.mixing import Mix, cutmix, from_mask, mixup, permutation
+from limbeck.data.mixing import Mix, cutmix, from_mask, mixup, mixup_or_cutmix, permutation
 from limbeck.data.multimodal import (
     MultimodalData,
     draw_present,
@@ -40,7 +41,7 @@ from limbeck.data.splits import (
     subset,
     train_validation,
 )
-from limbeck.data.streams import Stream
+from limbeck.data.streams import Stream, read_rows
 from limbeck.data.text import tokenize
 from limbeck.data.tokenizers import load_tokenizer, train_wordpiece
 from limbeck.data.views import Identity, MultiCrop, On, SimCLR, Strong, View, Weak, make_view
@@ -100,7 +101,9 @@ __all__ = [
     "make_view",
     "mel_filters",
     "mixup",
+    "mixup_or_cutmix",
     "noisy_labels",
+    "on_canvas",
     "only_classes",
     "pad_boxes",
     "pair_by_class",
@@ -110,10 +113,12 @@ __all__ = [
     "permutation",
     "prompt_tokens",
     "random_boxes",
+    "read_rows",
     "read_by",
     "read_wav",
     "require_modalities",
     "resample",
+    "shown_share",
     "split_labels",
     "subset",
     "tokenize",

@@ -79,6 +79,16 @@ class EncodedImages:
             out[k] = self._decode(item)
         return torch.from_numpy(out)
 
+    def identities(self, rows: Tensor) -> list[bytes]:
+        """What tells the pictures of these rows apart without decoding them: their encoded bytes, or the name and size
+        of their files; and how they are brought to shape."""
+        shape = f"{self.shape}{self.size}".encode()
+        items = (self.items[row] for row in self.rows[rows].tolist())
+        return [
+            shape + (item if isinstance(item, bytes) else f"{Path(item).name}/{os.stat(item).st_size}".encode())
+            for item in items
+        ]
+
     def decode_all(self, progress: bool = True) -> Tensor:
         """uint8 [N,C,H,W], decoded by a pool of threads, or from the cache where they were decoded before.
 

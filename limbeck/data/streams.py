@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -17,7 +17,6 @@ from torch import Tensor
 from limbeck.data.samples import Samples
 from limbeck.data.views import On, View
 from limbeck.errors import UserError
-
 
 Reader = Callable[[Tensor, int, int], Mapping[str, Any]]  # index_B, epoch, position -> fields
 
@@ -234,17 +233,9 @@ class Stream:
 
     def _read_ahead(self) -> dict:
         if self._ahead is None:
-            loader: Any = torch.utils.data.DataLoader(
-                _Rows(self.samples),  # type: ignore[arg-type]
-                # a copy, so that no cycle of references keeps the workers of a stream that is gone
-                sampler=copy.copy(self)._rows_from(self.epoch, self.position),
-                batch_size=None,
-                num_workers=self.workers,
-                collate_fn=_same,
-                # its own, since drawing the workers' seed from the global one would shift the views' draws
-                generator=torch.Generator().manual_seed(self.seed),
-            )
-            self._ahead = iter(loader)
+            # a copy, so that no cycle of references keeps the workers of a stream that is gone
+            rows = copy.copy(self)._rows_from(self.epoch, self.position)
+            self._ahead = read_rows(self.samples, rows, self.workers, seed=self.seed)
         try:
             return next(self._ahead)
         except UserError as error:  # a worker's error carries its traceback: its last line is the sentence
@@ -267,9 +258,9 @@ class Stream:
         coming[ahead] = pool.submit(read, self._rows(*ahead), ahead)
         return found
 
-    def _rows_from(self, epoch: int, position: int) -> Iterator[list[int]]:
+    def _rows_from(self, epoch: int, position: int) -> Iterator[Tensor]:
         while True:
-            yield self._rows(epoch, position).tolist()
+            yield self._rows(epoch, position)
             epoch, position = self._after(epoch, position)
 
 
@@ -298,6 +289,20 @@ def _carry(field: str, name: str, prefix: str, view: View, batch: Mapping[str, A
         width, height = (value[..., 2:] - value[..., :2]).unbind(-1)
         label = torch.where((width > 0) & (height > 0), label, -1)
     return {f"{name}_boxes": value, f"{name}_box_labels": label}
+
+
+def read_rows(samples: Samples, rows: Iterable[Tensor], workers: int, *, seed: int = 0) -> Iterator[dict]:
+    """The batches of these rows in order, read ahead by `workers` processes, for pictures that decode when asked for."""
+    loader: Any = torch.utils.data.DataLoader(
+        _Rows(samples),  # type: ignore[arg-type]
+        sampler=(part.tolist() for part in rows),
+        batch_size=None,
+        num_workers=workers,
+        collate_fn=_same,
+        # its own, since drawing the workers' seed from the global one would shift the views' draws
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return iter(loader)
 
 
 class _Rows:

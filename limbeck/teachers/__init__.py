@@ -1,10 +1,27 @@
-"""Who supervises: frozen networks, moving averages, ensembles, the model's own past."""
+"""Who supervises: frozen networks, moving averages, ensembles, the model's own past, and answers on disk."""
 
+from limbeck.teachers.columns import Dtype, Values
 from limbeck.teachers.ema import EMA
 from limbeck.teachers.ensemble import Ensemble
+from limbeck.teachers.filling import Answers, fill
 from limbeck.teachers.frozen import Frozen
 from limbeck.teachers.past import Past
 from limbeck.teachers.routed import Routed
+from limbeck.teachers.store import Store
+from limbeck.teachers.stored import Stored
 from limbeck.teachers.teacher import Teacher
 
-__all__ = ["EMA", "Ensemble", "Frozen", "Past", "Routed", "Teacher"]
+__all__ = [
+    "EMA",
+    "Answers",
+    "Dtype",
+    "Ensemble",
+    "Frozen",
+    "Past",
+    "Routed",
+    "Store",
+    "Stored",
+    "Teacher",
+    "Values",
+    "fill",
+]

@@ -5,6 +5,7 @@ Letters: M members, B samples, C classes.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -56,6 +57,11 @@ class Ensemble(Teacher):
     def __call__(self, fields: Mapping[str, Any], view: str) -> Outputs:
         logits_MBC = torch.stack([teacher.logits(fields, view) for teacher in self.teachers])
         return Outputs(logits=combine(logits_MBC, self.weights.to(logits_MBC.device), self.average))
+
+    def fingerprint(self) -> str:
+        """Of the members, how they are averaged, and their weights."""
+        members = " ".join(teacher.fingerprint() for teacher in self.teachers)
+        return hashlib.sha256(f"{self.average} {self.weights.tolist()} {members}".encode()).hexdigest()
 
     def join(self, streams: Mapping[str, Stream]) -> None:
         for teacher in self.teachers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -39,6 +40,14 @@ class Frozen(Teacher):
             outputs = self.taps(inputs) if self.taps else Outputs(logits=self.model(inputs))
         # A loss may save its target for backward, which tensors born in inference mode refuse: hand out copies.
         return outputs.map(Tensor.clone)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the names, shapes and bytes of all parameters and buffers."""
+        digest = hashlib.sha256()
+        for name, tensor in [*self.model.named_parameters(), *self.model.named_buffers()]:
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)} ".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def to(self, device: torch.device | None = None, memory_format: torch.memory_format | None = None) -> Self:
         if device is not None:

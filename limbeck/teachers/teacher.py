@@ -21,6 +21,7 @@ class Teacher:
     """
 
     class_count: int | None = None  # classes that its logits speak of; None when it gives none or they are unknown
+    sparse: bool = False  # whether it only knows the likeliest classes, so that its logits are filled up
 
     def __call__(self, fields: Mapping[str, Any], view: str) -> Outputs:
         """Outputs for one stream's batch: `fields[view]` is read by live teachers, `fields["index"]` by stored ones."""
@@ -36,6 +37,10 @@ class Teacher:
     def top_k(self, fields: Mapping[str, Any], view: str, k: int) -> TopK:
         """The k likeliest classes (or words) of each item. Teachers that know no more than these keep them sparse."""
         return TopK.of(self.logits(fields, view), k)
+
+    def fingerprint(self) -> str:
+        """What tells its answers from another teacher's, e.g. a hash of its weights. `UserError` where nothing does."""
+        raise UserError(f"the answers of a {type(self).__name__} depend on more than its weights and cannot be stored")
 
     def join(self, streams: Mapping[str, Stream]) -> None:
         """Told of a stage's streams before its first step: a teacher on disk compares its rows with the samples here,

@@ -14,11 +14,11 @@ import yaml
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from limbeck.data import Samples, Stream
+from limbeck.data import Samples, Stream, View
 from limbeck.distributed import rank, world_size
 from limbeck.errors import UserError
 from limbeck.files import write_text
-from limbeck.teachers import Teacher
+from limbeck.teachers import Dtype, Stored, Teacher, Values, fill
 from limbeck.train.checkpoint import load_tensors, save_tensors, seed_everything
 from limbeck.train.exhibits import Exhibit
 from limbeck.train.logs import read_csv
@@ -208,6 +208,50 @@ class Workspace:
             return {name: torch.cat([getattr(answer, name).cpu() for answer in answers]) for name in keep}
 
         return samples.with_fields(self.compute(stage, outputs))
+
+    def store(
+        self,
+        stage: str,
+        teacher: Teacher,
+        samples: Samples,
+        *,
+        views: Mapping[str, View] | None = None,
+        field: str = "image",
+        keep: Sequence[str] = ("logits",),
+        top_k: int | None = None,
+        values: Values = "logits",
+        dtype: Dtype = "float32",
+        versions: int = 1,
+        batch_size: int = 256,
+    ) -> Stored:
+        """The teacher's answers for these samples, on disk below this stage's folder; see `limbeck.teachers.fill`.
+
+        What was filled stays after a crash, whatever its share. A teacher that answers from a store already is returned
+        as it is; the next `fit` compares its samples.
+        """
+        if isinstance(teacher, Stored):
+            return teacher
+        folder = self.folder(stage) / "store"
+        if not self._done_for_all(stage):
+            started = time.perf_counter()
+            fill(
+                folder,
+                teacher,
+                samples,
+                views=views,
+                field=field,
+                keep=keep,
+                top_k=top_k,
+                values=values,
+                dtype=dtype,
+                versions=versions,
+                batch_size=batch_size,
+                seed=self.seed,
+                device=self.fabric.device if self.fabric else "cpu",
+            )
+            self._complete(stage, metrics={}, seconds=time.perf_counter() - started, steps=0)
+        self.seconds[stage] = self._record(stage)["seconds"]
+        return Stored(folder)
 
     def _complete(self, stage: str, **record: Any) -> None:
         self._first(lambda: write_text(self.folder(stage) / "done.json", json.dumps(record, indent=2)))
