@@ -60,5 +60,5 @@ $(VENV)/.ready-demo: pyproject.toml constraints.txt | $(VENV)/.made
 
 $(VENV)/.ready-test: pyproject.toml constraints.txt | $(VENV)/.made
 	@echo "limbeck: installing the package with the test and export tools into $(VENV) (minutes the first time) ..."
-	@$(PIP_INSTALL) -e '.[dev,export,detection,diffusion,graph]'
+	@$(PIP_INSTALL) -e '.[dev,export,detection,diffusion,graph,cluster]'
 	@touch $(VENV)/.ready-demo $@

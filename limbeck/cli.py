@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     parser, commands = _parser()
     known, rest = parser.parse_known_args(arguments)
-    if rest and known.command not in ("run", "compare"):
+    if rest and known.command not in ("run", "compare", "label"):
         commands[known.command].error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return known.function(known, rest) or 0
@@ -119,6 +119,50 @@ def prove(known: argparse.Namespace, rest: list[str]) -> None:
     _say(f"result: {known.results}/{known.slug}.json")
 
 
+def label(known: argparse.Namespace, rest: list[str]) -> None:
+    import yaml
+
+    from limbeck.recipes import label as run_label
+    from limbeck.teachers import Store
+
+    if known.recipe is None:
+        if not (known.verify and known.store):
+            raise UserError("give a recipe to label by, or --verify --store <folder> to look a store over")
+    else:
+        views = None if known.views is None else yaml.safe_load(known.views)
+        made = run_label(
+            known.recipe,
+            _settings(rest),
+            store=known.store,
+            section=known.section,
+            streams=known.streams,
+            views=views.split(",") if isinstance(views, str) else views,
+            keep=known.keep,
+            top_k=known.top_k,
+            values=known.values,
+            dtype=known.dtype,
+            versions=known.versions,
+            batch_size=known.batch_size,
+            share=_share(known.share),
+            workers=known.workers,
+            ray=known.ray,
+            address=known.address,
+            allow_imports=known.allow_imports,
+            progress=sys.stderr.isatty() or known.progress,
+            say=_say,
+        )
+        if made is None:
+            _say("parts of other processes are missing; the last one to finish completes the store")
+            return
+        known.store = made.path
+    store = Store(known.store, verify=not known.verify)
+    if known.verify:
+        store.verify()
+    size = sum(shard["bytes"] for shard in store.manifest.shards)
+    checked = "every shard is as it was written, every row there once" if known.verify else "shards verified"
+    _say(f"store: {known.store}   {len(store):,} rows, {size / max(len(store), 1):,.1f} bytes a row; {checked}")
+
+
 def export(known: argparse.Namespace, rest: list[str]) -> None:
     from limbeck.recipes import export as run_export
 
@@ -154,6 +198,14 @@ def _settings(rest: Sequence[str]) -> dict[str, str]:
             value = words.pop(0)
         settings[key] = value
     return settings
+
+
+def _share(text: str) -> tuple[int, int]:
+    """`1/4` as (1, 4)."""
+    number, _, count = text.partition("/")
+    if not (number.isdigit() and count.isdigit() and int(number) < int(count)):
+        raise UserError(f"--share is '{text}'; give i/n with i from 0 to n - 1, such as 0/4")
+    return int(number), int(count)
 
 
 def _say(line: str) -> None:
@@ -231,6 +283,28 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     one.add_argument("--seeds", type=int, help="instead of the claim's own number")
     one.add_argument("--workspace", help="folder of the runs (default runs/prove-<slug>)")
     one.add_argument("--results", default="results", help="folder of the result files (default %(default)s)")
+
+    one = add("label", label, "let a recipe's teacher answer for its samples once, into a store to train from")
+    one.add_argument("recipe", nargs="?", help="slug or YAML file; further --key value pairs set keys of it")
+    one.add_argument("--store", help="folder of the answers (default: the recipe's teacher.store)")
+    one.add_argument("--verify", action="store_true", help="read everything in the end; alone: look a store over")
+    one.add_argument("--section", default="teacher", help="the recipe's teacher that answers (default %(default)s)")
+    one.add_argument("--streams", nargs="+", help="streams or splits to label (default: those that the system reads)")
+    one.add_argument("--views", help="views to label: names, or YAML such as '{crop: {name: multi_crop, crops: 1}}'")
+    one.add_argument(
+        "--keep", nargs="+", default=["logits"], choices=["logits", "embedding", "features"], help="(default logits)"
+    )
+    one.add_argument("--top-k", type=int, help="keep the K likeliest classes and the mass that is left")
+    one.add_argument("--values", choices=["logits", "log_probabilities"], help="how logits are kept (default logits)")
+    one.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16", "int8"])
+    one.add_argument("--versions", type=int, default=1, help="draws of each random view (default %(default)s)")
+    one.add_argument("--batch-size", type=int, default=256, help="samples in a forward pass (default %(default)s)")
+    one.add_argument("--share", default="0/1", help="i/n: take every n-th block from the i-th, beside other processes")
+    one.add_argument("--workers", type=int, default=0, help="processes that decode pictures (default %(default)s)")
+    one.add_argument("--ray", type=int, metavar="N", help="label by N Ray workers (pip install limbeck[cluster])")
+    one.add_argument("--address", help="of the Ray cluster (default: this machine)")
+    one.add_argument("--allow-imports", action="store_true", help="let the recipe name code from outside Limbeck")
+    one.add_argument("--progress", action="store_true", help="show progress although this is no terminal")
 
     one = add("export", export, "write the student of a finished run as files to deploy")
     one.add_argument("workspace", help="folder of the run")

@@ -171,9 +171,9 @@ def vocabulary_size(model: nn.Module) -> int | None:
 
 
 def require_same_vocabulary(student: nn.Module, teacher: object) -> None:
-    """Raise `UserError` where both are transformers models, `teacher` a live one, and their vocabularies differ."""
+    """Raise `UserError` where student and teacher are known to speak of different numbers of words."""
     network = getattr(teacher, "model", None)
-    theirs = vocabulary_size(network) if isinstance(network, nn.Module) else None
+    theirs = vocabulary_size(network) if isinstance(network, nn.Module) else getattr(teacher, "words", None)
     ours = vocabulary_size(student)
     if None not in (ours, theirs) and ours != theirs:
         raise UserError(

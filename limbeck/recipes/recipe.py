@@ -239,6 +239,7 @@ def parser_of(method: Any, task: Task, without: Collection[str] = ()) -> Any:
     """
     from jsonargparse import ArgumentParser
 
+    from limbeck.teachers import Teacher
     from limbeck.train import StreamSettings, Trainer
 
     interface = Interface.of(method)
@@ -254,6 +255,10 @@ def parser_of(method: Any, task: Task, without: Collection[str] = ()) -> Any:
             continue
         parser.add_function_arguments(task.load_model, section)
         parser.add_argument(f"--{section}.run", type=str, help="recipe that trains this network first")
+        if interface.networks[section] is Teacher:
+            parser.add_argument(f"--{section}.store", type=str, help="folder of its stored answers (`limbeck label`)")
+            parser.add_argument(f"--{section}.answer", type=str, help="stored view that stands for every view")
+            parser.add_argument(f"--{section}.served", type=dict, help="settings of an endpoint that is asked instead")
     if interface.is_method:
         for stream in method.streams:
             parser.add_class_arguments(StreamSettings, f"streams.{stream}")
@@ -267,14 +272,28 @@ def parser_of(method: Any, task: Task, without: Collection[str] = ()) -> Any:
 
 
 @dataclass(frozen=True)
+class Elsewhere:
+    """A teacher whose answers are on disk (`store`), or are asked for over HTTP (`served`) and kept in `store`.
+
+    `answer` is the stored view that stands for every view.
+    """
+
+    store: str | None = None
+    served: Mapping[str, Any] | None = None
+    answer: str | None = None
+
+
+@dataclass(frozen=True)
 class Parsed:
-    """A recipe that was checked: the system, its task, its settings, and the networks that recipes train first."""
+    """A recipe that was checked: the system, its task, its settings, the networks that recipes train first, and the
+    teachers that answer from elsewhere."""
 
     system: Any
     interface: Interface
     task: Task
     settings: Any
     trained: dict[str, Any]
+    elsewhere: dict[str, Elsewhere]
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -296,13 +315,14 @@ def parse(recipe: Mapping[str, Any], allow_imports: bool = False) -> Parsed:
     parser = parser_of(method, task)
     settings = {key: expand(value) for key, value in recipe.items() if key != "claim"}
     _check_keys(settings, parser)
+    elsewhere = {s: _elsewhere(settings, s) for s in interface.networks if _keys_of(settings, s) & _ELSEWHERE}
     trained = {section: settings.pop(section)["run"] for section in interface.networks if _runs(settings, section)}
     stages = settings["stages"] = {k: v for k, v in (settings.get("stages") or {}).items() if v is not None}
     if not stages:
         del settings["stages"]
     absent = {section for section in interface.networks if section not in settings}
     absent |= {stage for stage in interface.stages if stage not in stages}
-    if missing := absent - {*trained, *interface.optional}:
+    if missing := absent - {*trained, *elsewhere, *interface.optional}:
         section = min(missing) if min(missing) in interface.networks else f"stages.{min(missing)}"
         raise UserError(f"{name} needs {section}; add this section to the recipe")
     from jsonargparse import ArgumentError
@@ -312,7 +332,26 @@ def parse(recipe: Mapping[str, Any], allow_imports: bool = False) -> Parsed:
         built = parser.instantiate(parser.parse_object(settings, defaults=True))
     except (ArgumentError, TypeError, KeyError) as error:
         raise UserError(f"the recipe does not fit: {_one_line(error)}") from None
-    return Parsed(method, interface, task, built, trained)
+    return Parsed(method, interface, task, built, trained, elsewhere)
+
+
+_ELSEWHERE = {field.name for field in fields(Elsewhere)}
+
+
+def _keys_of(settings: Mapping[str, Any], section: str) -> set[str]:
+    content = settings.get(section)
+    return set(content) if isinstance(content, Mapping) else set()
+
+
+def _elsewhere(settings: dict[str, Any], section: str) -> Elsewhere:
+    """Take what says where a teacher answers from out of its section; what is left describes the network itself."""
+    content = dict(settings.pop(section))
+    found = {name: content.pop(name) for name in _ELSEWHERE if name in content}
+    if content:
+        settings[section] = content
+    if found.get("store") is None and found.get("served") is None:
+        raise UserError(f"{section} has 'answer' and no 'store'; give the folder of its stored answers")
+    return Elsewhere(**found)
 
 
 def _runs(settings: Mapping[str, Any], section: str) -> bool:

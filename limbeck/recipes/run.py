@@ -22,11 +22,11 @@ from limbeck.evaluate import Comparison
 from limbeck.files import write_text
 from limbeck.models import check_onnx, count_parameters, export_model, load_model, save_model
 from limbeck.recipes import recipe as recipes
-from limbeck.recipes.recipe import Interface, Parsed, plain
+from limbeck.recipes.recipe import Elsewhere, Interface, Parsed, plain
 from limbeck.recipes.tasks import Task
 from limbeck.recipes.tasks.task import describe
 from limbeck.report import draw, write_report
-from limbeck.teachers import Frozen, Teacher
+from limbeck.teachers import Frozen, Stored, Teacher
 from limbeck.train import Exhibit, Fit, Method, Stage, StreamSettings, Trainer, Workspace
 from limbeck.train.checkpoint import seed_everything
 
@@ -95,7 +95,7 @@ def run(
     seed = parsed.settings.seed
     name = recipe if isinstance(recipe, str | Path) else content["method"]["name"]
     path = Path(workspace or Path("runs") / recipes.name_of(name))
-    trainers = _trainers(parsed, seed, progress)
+    trainers = trainers_of(parsed, seed, progress)
     fabric = next(iter(trainers.values())).fabric()
     ws = Workspace(path, content, seed=seed, fabric=fabric)
     data = parsed.task.prepare_data(plain(parsed.settings.data), seed)
@@ -120,7 +120,7 @@ def run(
     return _run_stages(ws, parsed.system, networks, {**parsed.arguments, **stages}, data, parsed.task, content, report)
 
 
-def _trainers(parsed: Parsed, seed: int, progress: bool) -> dict[str, Trainer]:
+def trainers_of(parsed: Parsed, seed: int, progress: bool) -> dict[str, Trainer]:
     """The trainer of every stage; a single `Method` is the stage `student`."""
     if parsed.interface.is_method:
         found = {"student": parsed.settings.trainer}
@@ -135,17 +135,70 @@ def _networks(
     """The networks that the system takes, by section: trained by their own recipe first, or built."""
     networks: dict[str, Any] = {}
     for section, kind in parsed.interface.networks.items():
-        if section in parsed.trained:
-            networks[section] = _trained(parsed.trained[section], shared, allow_imports, progress)
-        elif section in parsed.settings:
-            seed_everything(parsed.settings.seed, section)
-            settings = getattr(parsed.settings, section)
-            networks[section] = _model(settings, data, parsed.task, section, allow_imports, trained=kind is Teacher)
-        else:
-            continue  # an optional one
-        if kind is Teacher:
-            networks[section] = Frozen(networks[section])
+        if section in parsed.elsewhere:
+            networks[section] = build_teacher(
+                parsed, section, data, shared, allow_imports, progress, answers=shared / f"{section}-answers"
+            )
+            continue
+        network = _network(parsed, section, data, shared, allow_imports, progress, trained=kind is Teacher)
+        if network is not None:  # an optional one that the recipe leaves out
+            networks[section] = Frozen(network) if kind is Teacher else network
     return networks
+
+
+def _network(
+    parsed: Parsed, section: str, data: Data, shared: Path, allow_imports: bool, progress: bool, *, trained: bool
+) -> nn.Module | None:
+    """The network that a section describes, trained by its own recipe first, or built; None where it says nothing."""
+    if section in parsed.trained:
+        return _trained(parsed.trained[section], shared, allow_imports, progress)
+    if section not in parsed.settings:
+        return None
+    seed_everything(parsed.settings.seed, section)
+    settings = getattr(parsed.settings, section)
+    return _model(settings, data, parsed.task, section, allow_imports, trained=trained)
+
+
+def build_teacher(
+    parsed: Parsed,
+    section: str,
+    data: Data,
+    shared: Path,
+    allow_imports: bool,
+    progress: bool,
+    *,
+    answers: Path,
+    live: bool = False,
+) -> Teacher:
+    """The teacher of a section: a network, an endpoint whose answers are kept, or a store.
+
+    Args:
+        answers: folder of an endpoint's answers where the section names none.
+        live: pass the store by, for it is to be filled.
+    """
+    elsewhere = parsed.elsewhere.get(section, Elsewhere())
+    if elsewhere.served is not None:
+        from limbeck.teachers import Served
+
+        if not hasattr(data, "tokenizer"):
+            raise UserError(f"{section}.served answers for tokens; {parsed.task.name} has none to send")
+        settings = dict(elsewhere.served)
+        top_k = {"top_k": settings.pop("top_k")} if "top_k" in settings else {}
+        return Served(
+            settings,
+            elsewhere.store or answers,
+            vocabulary=data.vocab_size,  # type: ignore[attr-defined]
+            tokenizer=data.tokenizer,
+            progress=progress,
+            **top_k,
+        )
+    network = _network(parsed, section, data, shared, allow_imports, progress, trained=True)
+    teacher = None if network is None else Frozen(network)
+    if elsewhere.store is not None and not live:
+        return Stored(elsewhere.store, teacher=teacher, answer=elsewhere.answer)
+    if teacher is None:
+        raise UserError(f"{section} names no network to ask; give {section}.name, {section}.run or {section}.served")
+    return teacher
 
 
 def _trained(recipe: str | Path | Mapping[str, Any], shared: Path, allow_imports: bool, progress: bool) -> nn.Module:
@@ -378,7 +431,8 @@ def restore(workspace: str | Path) -> Result:
 def _model(settings: Any, data: Data, task: Task, section: str, allow_imports: bool, *, trained: bool) -> nn.Module:
     """The network that a section describes; one that must be `trained` has to say where its weights are."""
     arguments = {key: value for key, value in plain(settings).items() if value is not None}
-    arguments.pop("run", None)
+    for elsewhere in ("run", "store", "answer", "served"):
+        arguments.pop(elsewhere, None)
     name = arguments.pop("name")
     prefix = name.split(":")[0]
     if ":" in name and not prefix.endswith("-config") and prefix not in PREFIXES:

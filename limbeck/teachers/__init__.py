@@ -1,9 +1,10 @@
 """Who supervises: frozen networks, moving averages, ensembles, the model's own past, and answers on disk."""
 
 from limbeck.teachers.columns import Dtype, Values
+from limbeck.teachers.crops import CropReader, StoredCrops
 from limbeck.teachers.ema import EMA
 from limbeck.teachers.ensemble import Ensemble
-from limbeck.teachers.filling import Answers, fill
+from limbeck.teachers.filling import Answers, Filling, fill
 from limbeck.teachers.frozen import Frozen
 from limbeck.teachers.past import Past
 from limbeck.teachers.routed import Routed
@@ -14,13 +15,16 @@ from limbeck.teachers.teacher import Teacher
 __all__ = [
     "EMA",
     "Answers",
+    "CropReader",
     "Dtype",
     "Ensemble",
+    "Filling",
     "Frozen",
     "Past",
     "Routed",
     "Store",
     "Stored",
+    "StoredCrops",
     "Teacher",
     "Values",
     "fill",

@@ -128,7 +128,7 @@ def fill(
         Path(path),
         teacher,
         samples,
-        views=dict(views) if views else {field: Identity()},
+        views=views,
         field=field,
         answers=Answers(tuple(keep), top_k, values, dtype, versions),
         batch_size=batch_size,
@@ -153,7 +153,7 @@ class Filling:
         teacher: Teacher,
         samples: Samples,
         *,
-        views: dict[str, View],
+        views: Mapping[str, View] | None,
         field: str,
         answers: Answers,
         batch_size: int,
@@ -164,8 +164,9 @@ class Filling:
         name: str,
     ) -> None:
         self.path, self.teacher, self.answers = path, teacher, answers
+        views = dict(views) if views else {field: Identity()}
         self.views, self.field, self.batch_size, self.seed, self.precision = views, field, batch_size, seed, precision
-        self.device, self.classes = device, 0
+        self.device, self.memory_format, self.classes = device, memory_format, 0
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; give at least 1")
         if field not in samples.fields:
@@ -251,6 +252,10 @@ class Filling:
         size = sum(kept.items.nbytes for kept in columns.values()) * self.answers.versions
         return int(min(max(PART_BYTES // max(size, 1), 1), BATCHES_PER_PART))
 
+    def left(self) -> int:
+        """How many parts are not written yet."""
+        return sum(not self.part(block).exists() for block in range(self.blocks))
+
     def part(self, block: int) -> Path:
         """The file of a block's answers."""
         return self.path / "filling" / f"part-{block:06d}.arrow"
@@ -306,6 +311,8 @@ class Filling:
             seed = f"{self.seed}/{version}/{int(self.samples.index[places[0]])}"
             torch.manual_seed(int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=8).digest(), "little") >> 1)
             fields = self.stream.render(_to_device(batch, self.device))
+        if self.memory_format is not None:
+            fields = {name: _laid_out(value, self.memory_format) for name, value in fields.items()}
         columns: dict[str, Any] = {
             "index": batch["index"][:count],
             "version": torch.full((count,), version, dtype=torch.int32),
@@ -524,6 +531,12 @@ def _to_device(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
     return {name: _to_device(part, device) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+def _laid_out(value: Any, memory_format: torch.memory_format) -> Any:
+    """Pictures in the layout that the teacher's weights have."""
+    is_image = isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
+    return value.contiguous(memory_format=memory_format) if is_image else value
 
 
 @contextmanager

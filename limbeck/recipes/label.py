@@ -1,0 +1,200 @@
+"""`limbeck label`: the teacher of a recipe answers for its samples once, into a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from limbeck.data import View, make_view
+from limbeck.errors import UserError
+from limbeck.recipes import recipe as recipes
+from limbeck.recipes.recipe import Parsed, plain
+from limbeck.recipes.run import build_teacher, trainers_of
+from limbeck.teachers import Answers, Filling, Store, Teacher
+from limbeck.train import Trainer
+
+PRECISIONS = {"32-true": "32", "bf16-mixed": "bf16", "16-mixed": "16"}
+
+
+@dataclass(frozen=True)
+class Labelling:
+    """What is to be labelled, in plain values, so that every process that takes part builds the same plan from it.
+
+    Attributes:
+        recipe: content of the recipe, settings included.
+        store: folder of the store; it must be the same for all processes.
+        section: of the recipe's teacher.
+        streams: names of streams or splits (`labelled`, `train`, `unlabelled`, `validation`, `test`); default: all
+            streams of a `Method`; of a system of several stages `train`, and `unlabelled` where there is one.
+        views: names of the recipe's views, or views by name as streams have them; default: those of the first stream
+            that is labelled, or what models read as it is.
+        answers: what is kept of the outputs.
+    """
+
+    recipe: dict[str, Any]
+    store: str
+    section: str = "teacher"
+    streams: tuple[str, ...] | None = None
+    views: Any = None
+    answers: Answers = field(default_factory=Answers)
+    batch_size: int = 256
+    allow_imports: bool = False
+
+    def fillings(self, progress: bool = False) -> Iterator[Filling]:
+        """One filling a stream, made when the one before is complete: later ones append what is still missing."""
+        parsed = recipes.parse(self.recipe, self.allow_imports)
+        seed = parsed.settings.seed
+        data = parsed.task.prepare_data(plain(parsed.settings.data), seed)
+        trainer = next(iter(trainers_of(parsed, seed, progress).values()))
+        teacher = self._teacher(parsed, data, progress)
+        for name in self._streams(parsed, data):
+            samples = parsed.task.samples(data, name)
+            read = parsed.task.view_field(samples)
+            yield Filling(
+                Path(self.store),
+                teacher,
+                samples,
+                views=self._views(parsed, name),
+                field=read,
+                answers=self.answers,
+                batch_size=self.batch_size,
+                seed=seed,
+                name=data.name,
+                **_how(trainer),
+            )
+
+    def _teacher(self, parsed: Parsed, data: Any, progress: bool) -> Teacher:
+        networks = parsed.interface.networks
+        if self.section not in networks or networks[self.section] is not Teacher:
+            known = ", ".join(name for name, kind in networks.items() if kind is Teacher) or "none"
+            raise UserError(f"the recipe has no teacher in a section '{self.section}' (teachers: {known})")
+        shared = Path("runs") / self.recipe["method"]["name"] / "networks"
+        return build_teacher(
+            parsed, self.section, data, shared, self.allow_imports, progress, answers=Path(self.store), live=True
+        )
+
+    def _streams(self, parsed: Parsed, data: Any) -> tuple[str, ...]:
+        if self.streams:
+            return self.streams
+        if parsed.interface.is_method:
+            return tuple(parsed.system.streams)
+        return ("train",) if data.unlabelled is None else ("train", "unlabelled")
+
+    def _views(self, parsed: Parsed, stream: str) -> dict[str, View] | None:
+        """The views to label, by name; None stands for what models read as it is."""
+        if isinstance(self.views, Mapping):
+            return {name: _made(spec) for name, spec in self.views.items()}
+        known = _views_of(parsed, stream)
+        names = self.views if self.views is not None else list(known)
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise UserError(
+                f"the recipe has no view '{unknown[0]}' to label, it has {', '.join(known) or 'none'}; describe it: "
+                f"--views '{{{unknown[0]}: {{name: multi_crop, crops: 1}}}}'"
+            )
+        return {name: _made(known[name]) for name in names} or None
+
+
+def _views_of(parsed: Parsed, stream: str) -> dict[str, Any]:
+    """The recipe's views: those of the stream, or of all streams where the name is that of a split."""
+    if not parsed.interface.is_method:
+        return {}
+    streams = vars(parsed.settings.streams)
+    chosen = [streams[stream]] if stream in streams else list(streams.values())
+    return {name: spec for settings in chosen for name, spec in settings.views.items()}
+
+
+def _made(spec: Any) -> View:
+    arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
+    return make_view(arguments.pop("name"), **arguments)
+
+
+def _how(trainer: Trainer) -> dict[str, Any]:
+    """Device, precision and memory format as training has them, so that stored answers are those of a live teacher."""
+    return {
+        "device": trainer.fabric().device,
+        "precision": PRECISIONS[trainer.precision],
+        "memory_format": torch.channels_last if trainer.channels_last else None,
+    }
+
+
+def label(
+    recipe: str | Path | Mapping[str, Any],
+    settings: Mapping[str, Any] | None = None,
+    *,
+    store: str | Path | None = None,
+    section: str = "teacher",
+    streams: Sequence[str] | None = None,
+    views: Any = None,
+    keep: Sequence[str] = ("logits",),
+    top_k: int | None = None,
+    values: str | None = None,
+    dtype: str = "float32",
+    versions: int = 1,
+    batch_size: int = 256,
+    share: tuple[int, int] = (0, 1),
+    workers: int = 0,
+    ray: int | None = None,
+    address: str | None = None,
+    allow_imports: bool = False,
+    progress: bool = False,
+    say: Callable[[str], Any] = lambda line: None,
+) -> Store | None:
+    """Fill a store with the answers of a recipe's teacher, or append the samples that it lacks.
+
+    A filling that was broken off goes on where it was; the result is that of an uninterrupted one, byte for byte.
+
+    Args:
+        recipe, settings, allow_imports: as `run` takes them.
+        store: the folder; by default the recipe's `teacher.store`.
+        section, streams, views, batch_size: see `Labelling`.
+        keep, top_k, values, dtype, versions: see `limbeck.teachers.Answers`; a teacher that only knows its likeliest
+            classes gives log-probabilities.
+        share: (i, n): this process takes every n-th block from the i-th on; the last one to finish completes the store.
+        workers: processes that decode pictures.
+        ray: label with that many Ray workers, on the cluster at `address` or on this machine.
+        progress: show a bar.
+
+    Returns:
+        The complete store, or None while other processes are still at it.
+
+    Raises:
+        UserError: the recipe has no such teacher, or the folder holds something else.
+    """
+    content = recipes.override(recipes.read(recipe), settings or {})
+    content.pop("claim", None)
+    content.setdefault("seed", 0)
+    given = (content.get(section) or {}) if isinstance(content.get(section), Mapping) else {}
+    folder = store or given.get("store")
+    if folder is None:
+        raise UserError("say where the answers go: --store <folder>")
+    if top_k is None and "served" in given:
+        top_k = int(given["served"].get("top_k", 5))
+    kept = values or ("log_probabilities" if "served" in given else "logits")
+    plan = Labelling(
+        content,
+        str(recipes.expand(str(folder))),
+        section,
+        tuple(streams) if streams else None,
+        views,
+        Answers(tuple(keep), top_k, kept, dtype, versions),  # type: ignore[arg-type]
+        batch_size,
+        allow_imports,
+    )
+    made: Store | None = None
+    for number, filling in enumerate(plan.fillings(progress)):
+        say(f"{len(filling.samples):,} samples to label, {filling.left():,} of {filling.blocks:,} parts left")
+        if ray is not None:
+            from limbeck.recipes.cluster import label_on_ray
+
+            label_on_ray(plan, number, filling, workers=ray, address=address, progress=progress)
+        else:
+            filling.label(range(share[0], filling.blocks, share[1]), workers, progress)
+        made = filling.seal()
+        if made is None:
+            return None
+    return made
