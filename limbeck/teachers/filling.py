@@ -134,7 +134,7 @@ def fill(
         batch_size=batch_size,
         seed=seed,
         precision=precision,
-        device=torch.device(device),
+        device=device,
         memory_format=memory_format,
         name=name,
     )
@@ -156,17 +156,17 @@ class Filling:
         views: Mapping[str, View] | None,
         field: str,
         answers: Answers,
-        batch_size: int,
-        seed: int,
-        precision: str,
-        device: torch.device,
-        memory_format: torch.memory_format | None,
-        name: str,
+        batch_size: int = 256,
+        seed: int = 0,
+        precision: str = "32",
+        device: torch.device | str = "cpu",
+        memory_format: torch.memory_format | None = None,
+        name: str = "data",
     ) -> None:
         self.path, self.teacher, self.answers = path, teacher, answers
         views = dict(views) if views else {field: Identity()}
         self.views, self.field, self.batch_size, self.seed, self.precision = views, field, batch_size, seed, precision
-        self.device, self.memory_format, self.classes = device, memory_format, 0
+        self.device, self.memory_format, self.classes = torch.device(device), memory_format, 0
         if batch_size < 1:
             raise UserError(f"batch_size is {batch_size}; give at least 1")
         if field not in samples.fields:
@@ -194,7 +194,7 @@ class Filling:
         self.blocks = 0
         if not len(self.hashes):
             return
-        teacher.to(device, memory_format)
+        teacher.to(self.device, memory_format)
         drawn = {view: made for view, made in views.items() if view != field}
         self.stream = Stream(self.samples, 1, drawn, view_field=field, record=list(drawn))
         self._plan()

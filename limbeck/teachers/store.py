@@ -18,6 +18,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from limbeck.teachers.columns import Kept, to_tensor
 
 FORMAT = 1
 KEYS = ("index", "version", "sample", "place")  # which row or token; all other columns are answers
+DENSE = 4  # keys are looked up in a table where it has at most so many places a row
 READ_AT_ONCE = 16 * 2**20  # bytes of a shard that are hashed in one piece
 
 
@@ -77,17 +79,35 @@ class Manifest:
     @classmethod
     def from_json(cls, text: str, where: Path) -> Manifest:
         try:
-            content = json.loads(text)
+            content = dict(json.loads(text))
             if content["format"] != FORMAT:
                 raise UserError(f"{where} is a store of format {content['format']}; this Limbeck reads {FORMAT}")
             schema = {
                 name: Column(c["dtype"], tuple(c["shape"]), c["tokens"]) for name, c in content.pop("schema").items()
             }
             return cls(**content, schema=schema)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(f"{where} is damaged or no manifest of a store ({error}); fill the store anew") from None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows that are read together, sorted by shard once for all columns.
+
+    Attributes:
+        pieces: number of a shard, and the places in it of the rows that it holds.
+        back: int64 [B]: where each row lies among the pieces, one after the other; None where all are one piece.
+        count: B.
+    """
+
+    pieces: list[tuple[int, np.ndarray]]
+    back: np.ndarray | None
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
 
 
 class Store:
@@ -111,9 +131,8 @@ class Store:
         self.ends = np.cumsum([shard.rows for shard in self.shards], dtype=np.int64)
         self.starts = self.ends - np.array([shard.rows for shard in self.shards], dtype=np.int64)
         self.versions = int(self.manifest.settings["versions"])
-        keys = self._whole("index").astype(np.int64) * self.versions + self._whole("version")
-        self.order = None if bool((keys[1:] > keys[:-1]).all()) else np.argsort(keys, kind="stable")
-        self.keys = keys if self.order is None else keys[self.order]
+        self.keys = self._whole("index").astype(np.int64) * self.versions + self._whole("version")
+        self.find = _Lookup(self.keys)
 
     def __len__(self) -> int:
         return self.manifest.rows
@@ -128,56 +147,52 @@ class Store:
 
     def has(self, index: np.ndarray) -> np.ndarray:
         """bool [B]: whether all versions of these samples are there (rows come by whole samples)."""
-        wanted = np.asarray(index, dtype=np.int64) * self.versions
-        place = np.searchsorted(self.keys, wanted).clip(max=max(len(self.keys) - 1, 0))
-        return (self.keys[place] == wanted) if len(self.keys) else np.zeros(len(wanted), dtype=bool)
+        return self.find(np.asarray(index, dtype=np.int64) * self.versions) >= 0
 
-    def rows(self, index: np.ndarray, version: np.ndarray | int = 0) -> np.ndarray:
-        """int64 [B]: the rows of these samples' versions.
+    def rows(self, index: np.ndarray, version: np.ndarray | int = 0) -> Rows:
+        """The rows of these samples' versions.
 
         Raises:
             UserError: the store has no answer for one of them.
         """
         wanted = np.asarray(index, dtype=np.int64) * self.versions + version
-        place = np.searchsorted(self.keys, wanted)
-        found = self.keys[place.clip(max=len(self.keys) - 1)] == wanted
-        if not found.all():
-            missing = wanted[~found]
+        rows = self.find(wanted)
+        if len(rows) and rows.min() < 0:
+            missing = wanted[rows < 0]
             raise UserError(
                 f"the store {self.path} has no answer for {len(missing)} of {len(wanted)} samples (first: index "
                 f"{missing[0] // self.versions}, version {missing[0] % self.versions}); fill it with the data that you "
                 "train on: `limbeck label` again appends what is missing"
             )
-        return place if self.order is None else self.order[place]
+        return self._split(rows)
 
-    def take(self, name: str, rows: np.ndarray) -> Tensor:
-        """The items of a column at these rows, [B, ...], as it was stored; the only copy is that of the batch."""
+    def take(self, name: str, rows: Rows | np.ndarray) -> Tensor:
+        """The items of a column at these rows (found, or their numbers), [B, ...], as they were stored; the only copy
+        is that of the batch."""
         return to_tensor(self._gather(name, rows), self._column(name, tokens=False).dtype)
 
-    def take_tokens(self, name: str, rows: np.ndarray) -> Tensor:
+    def take_tokens(self, name: str, rows: Rows | np.ndarray) -> Tensor:
         """The items of all tokens of these rows, one row after the other, [T, ...]; `count_tokens` says how many each
         row has."""
-        column = self._column(name, tokens=True)
-        counts = self.count_tokens(rows)
-        ends = np.cumsum(counts)
-        parts = self._split(rows)
-        out: np.ndarray | None = None
-        for shard, where, inside in parts:
-            offsets, flat = shard.ragged(name)
-            if out is None:
-                out = np.empty((int(counts.sum()), *column.shape), dtype=flat.dtype)
-            mine = counts[where]
-            out[_ranges(ends[where] - mine, mine)] = flat[_ranges(offsets[inside], mine)]
-        assert out is not None
-        return to_tensor(out, column.dtype)
+        column, rows = self._column(name, tokens=True), self._split(rows)
+        pieces, counts = [], []
+        for shard, inside in rows.pieces:
+            offsets, items = self.shards[shard].ragged(name)
+            counts.append(offsets[inside + 1] - offsets[inside])
+            pieces.append(items.take(_ranges(offsets[inside], counts[-1]), axis=0))
+        if rows.back is None:
+            return to_tensor(pieces[0], column.dtype)
+        count = np.concatenate(counts)
+        chosen = _ranges((count.cumsum() - count)[rows.back], count[rows.back])
+        return to_tensor(np.concatenate(pieces).take(chosen, axis=0), column.dtype)
 
-    def count_tokens(self, rows: np.ndarray) -> np.ndarray:
+    def count_tokens(self, rows: Rows | np.ndarray) -> np.ndarray:
         """int64 [B]: how many tokens these rows have answers for."""
-        counts = np.empty(len(rows), dtype=np.int64)
-        for shard, where, inside in self._split(rows):
-            offsets, _ = shard.ragged("place")
-            counts[where] = offsets[inside + 1] - offsets[inside]
-        return counts
+        rows, counts = self._split(rows), []
+        for shard, inside in rows.pieces:
+            offsets, _ = self.shards[shard].ragged("place")
+            counts.append(offsets[inside + 1] - offsets[inside])
+        return counts[0] if rows.back is None else np.concatenate(counts)[rows.back]
 
     def verify(self) -> None:
         """Read everything: each shard against its checksum, each row once, nothing left of a filling.
@@ -231,16 +246,10 @@ class Store:
             except UserError:
                 return  # a store that may only be read is compared each time
 
-    def _gather(self, name: str, rows: np.ndarray) -> np.ndarray:
-        parts = self._split(rows)
-        if len(parts) == 1:
-            shard, _, inside = parts[0]
-            return shard.fixed(name)[inside]
-        first = self.shards[0].fixed(name)
-        out = np.empty((len(rows), *first.shape[1:]), dtype=first.dtype)
-        for shard, where, inside in parts:
-            out[where] = shard.fixed(name)[inside]
-        return out
+    def _gather(self, name: str, rows: Rows | np.ndarray) -> np.ndarray:
+        rows = self._split(rows)
+        pieces = [self.shards[shard].fixed(name).take(inside, axis=0) for shard, inside in rows.pieces]
+        return pieces[0] if rows.back is None else np.concatenate(pieces).take(rows.back, axis=0)
 
     def _whole(self, name: str) -> np.ndarray:
         parts = [shard.fixed(name) for shard in self.shards]
@@ -254,16 +263,44 @@ class Store:
         assert column.tokens == tokens, name
         return column
 
-    def _split(self, rows: np.ndarray) -> list[tuple[_Shard, Any, np.ndarray]]:
-        """For each shard that these rows lie in: the shard, which of the rows, and their places in it."""
-        if len(self.shards) == 1:
-            return [(self.shards[0], slice(None), rows)]
-        number = np.searchsorted(self.ends, rows, side="right")
-        parts: list[tuple[_Shard, Any, np.ndarray]] = []
-        for each in np.unique(number):
-            where = np.flatnonzero(number == each)
-            parts.append((self.shards[each], where, rows[where] - self.starts[each]))
-        return parts
+    def _split(self, rows: Rows | np.ndarray) -> Rows:
+        """Row numbers as `Rows`."""
+        if isinstance(rows, Rows):
+            return rows
+        if len(self.shards) == 1 or not len(rows):
+            return Rows([(0, rows)], None, len(rows))
+        shard = np.searchsorted(self.ends, rows, side="right")
+        order = shard.argsort(kind="stable")
+        inside = (rows - self.starts[shard])[order]
+        ends = np.bincount(shard, minlength=len(self.shards)).cumsum().tolist()
+        pieces = [(number, inside[a:b]) for number, (a, b) in enumerate(pairwise([0, *ends])) if b > a]
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return Rows(pieces, back, len(rows))
+
+
+class _Lookup:
+    """Row numbers by key: from a table where the keys lie close together, so that no read searches; else by search."""
+
+    def __init__(self, keys: np.ndarray) -> None:
+        self.first = int(keys.min())
+        self.span = int(keys.max()) - self.first + 1
+        self.dense = self.span <= DENSE * len(keys)
+        if self.dense:
+            self.table = np.full(self.span, -1)
+            self.table[keys - self.first] = np.arange(len(keys))
+        else:
+            self.order = keys.argsort(kind="stable")
+            self.keys = keys[self.order]
+
+    def __call__(self, wanted: np.ndarray) -> np.ndarray:
+        """int64 [B]: the rows, -1 where there is none."""
+        if self.dense:
+            place = wanted - self.first
+            inside = (place >= 0) & (place < self.span)
+            return np.where(inside, self.table.take(place, mode="clip"), -1)
+        place = np.searchsorted(self.keys, wanted).clip(max=len(self.keys) - 1)
+        return np.where(self.keys[place] == wanted, self.order[place], -1)
 
 
 class _Shard:

@@ -5,6 +5,7 @@ Letters: B samples, L places of a row of tokens, K kept classes, C classes or wo
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ class Stored(Teacher):
         self.class_count = None if self.of_tokens else self.words
         self.sparse = self.settings["top_k"] is not None
         self.aliases: dict[str, str] = {}
+        # Two stores may answer for the same view of one batch.
+        self.tag = hashlib.sha256(manifest.to_json().encode()).hexdigest()[:8]
 
     def fingerprint(self) -> str:
         return self.store.manifest.teacher
@@ -112,7 +115,7 @@ class Stored(Teacher):
     def _columns(self, fields: Mapping[str, Any], view: str) -> tuple[str, dict[str, Tensor]]:
         """The stored view that answers, and its columns: those put into the batch, else read by index."""
         name = self._view(view)
-        placed = fields.get(f"{name}_stored")
+        placed = fields.get(f"{name}_stored_{self.tag}")
         if placed is None:
             device = fields["index"].device
             version = fields.get(f"{name}_version", torch.zeros(1, dtype=torch.long))
@@ -266,7 +269,7 @@ class _Reader:
         version = torch.full((len(index),), epoch % self.stored.versions)
         fields: dict[str, Any] = {}
         for view in self.views:
-            fields[f"{view}_stored"] = self.stored._read(view, index.numpy(), version.numpy())
+            fields[f"{view}_stored_{self.stored.tag}"] = self.stored._read(view, index.numpy(), version.numpy())
             if view in self.drawn:
                 fields[f"{view}_version"] = version
                 fields[f"{view}_params"] = self.stored.params(view, index, version)

@@ -1,0 +1,145 @@
+"""`limbeck label` from the command line: filled, killed and resumed, looked over, trained from."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from limbeck.cli import main
+from limbeck.data import load_data
+from limbeck.recipes import label as label_by_recipe
+from limbeck.recipes import run
+from limbeck.teachers import Store, filling
+from tests.recipes.label_runs import SETTINGS, label, recipe
+
+KILLS = 20
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.recipes.label_runs"])
+
+
+def contents(store: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in store.glob("shard-*.arrow")}
+
+
+def start(file: Path, store: Path) -> multiprocessing.Process:
+    started = store.parent / "started"
+    started.unlink(missing_ok=True)
+    process = CONTEXT.Process(target=label, args=(str(file), str(store), str(started)))
+    process.start()
+    while not started.exists() and process.is_alive():
+        time.sleep(0.001)
+    return process
+
+
+def test_labelling_killed_at_20_random_moments_ends_as_if_nothing_had_happened(tmp_path):
+    file = recipe(tmp_path)
+    began = time.perf_counter()
+    process = start(file, tmp_path / "whole")
+    process.join()
+    duration = time.perf_counter() - began
+    assert process.exitcode == 0
+    whole, draw = contents(tmp_path / "whole"), random.Random(0)
+    killed = attempt = 0
+    while killed < KILLS:
+        store = tmp_path / str(attempt)
+        attempt += 1
+        assert attempt < 4 * KILLS, f"only {killed} of {KILLS} processes could be killed before their end"
+        for _ in range(3):  # several kills in a row, then to the end
+            process = start(file, store)
+            time.sleep(draw.uniform(0, 0.8 * duration))
+            process.kill()  # SIGKILL
+            process.join()
+            killed += process.exitcode == -signal.SIGKILL
+        process = start(file, store)
+        process.join()
+        assert process.exitcode == 0
+        assert contents(store) == whole
+        Store(store).verify()
+        assert Store(store).manifest == Store(tmp_path / "whole").manifest
+
+
+def test_a_store_is_filled_looked_over_and_trained_from(tmp_path, capsys):
+    file, store = recipe(tmp_path), str(tmp_path / "store")
+    assert main(["label", str(file), "--store", store, "--verify", *SETTINGS]) == 0
+    said = capsys.readouterr().out
+    assert "every shard is as it was written" in said and "bytes a row" in said
+    assert main(["label", "--verify", "--store", store]) == 0
+    result = run(file, {"teacher": {"store": store}}, workspace=tmp_path / "run", report=False)
+    assert result.metrics["steps"] == 10
+    shard = next(Path(store).glob("shard-*.arrow"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(bytes(content))
+    assert main(["label", "--verify", "--store", store]) == 2
+    assert shard.name in capsys.readouterr().err
+
+
+def test_a_recipe_names_its_store_and_its_teacher(tmp_path):
+    """With both, the store must be that teacher's; with the store alone it is taken as it is."""
+    file = recipe(tmp_path)
+    both = {"teacher.store": str(tmp_path / "store"), "streams.labelled.views.weak": "identity"}
+    assert label_by_recipe(file, both) is not None
+    stored = run(file, both, workspace=tmp_path / "stored", report=False)
+    live = run(file, {"streams.labelled.views.weak": "identity"}, workspace=tmp_path / "live", report=False)
+    assert stored.metrics["nll"] == pytest.approx(live.metrics["nll"], abs=1e-3)
+    other = {**both, "teacher.name": "small_cnn", "teacher.weights": str(tmp_path / "run" / "student")}
+    (tmp_path / "other").mkdir()
+    run(recipe(tmp_path / "other"), workspace=tmp_path / "run", report=False)
+    other["teacher.config"] = {"channels": [4, 4, 4]}
+    with pytest.raises(ValueError, match="filled by another teacher"):
+        run(file, other, workspace=tmp_path / "wrong", report=False)
+
+
+def test_labelling_fits_the_streams_of_a_system(tmp_path):
+    """A store answers for the samples of several streams or splits, each once."""
+    file = recipe(tmp_path)
+    store = label_by_recipe(file, store=tmp_path / "store", streams=["train", "validation"], batch_size=64)
+    data = load_data("digits", validation_fraction=0.1)
+    assert len(store) == len(data.train) + len(data.validation)
+
+
+def test_two_shares_make_the_store_of_one_process(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(filling, "BATCHES_PER_PART", 2)
+    file = recipe(tmp_path)
+    assert main(["label", str(file), "--store", str(tmp_path / "one"), *SETTINGS]) == 0
+    assert main(["label", str(file), "--store", str(tmp_path / "two"), "--share", "0/2", *SETTINGS]) == 0
+    assert "parts of other processes are missing" in capsys.readouterr().out
+    assert main(["label", str(file), "--store", str(tmp_path / "two"), "--share", "1/2", *SETTINGS]) == 0
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_two_ray_workers_make_the_store_of_one_process(tmp_path, monkeypatch):
+    ray = pytest.importorskip("ray", reason="Ray is not installed: pip install limbeck[cluster]")
+    file = recipe(tmp_path)
+    assert main(["label", str(file), "--store", str(tmp_path / "one"), *SETTINGS]) == 0
+    try:
+        assert main(["label", str(file), "--store", str(tmp_path / "ray"), "--ray", "2", *SETTINGS]) == 0
+    finally:
+        ray.shutdown()
+    assert contents(tmp_path / "one") == contents(tmp_path / "ray")
+    Store(tmp_path / "ray").verify()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["label", "kd"], "--store <folder>"),
+        (["label"], "give a recipe to label by"),
+        (["label", "--verify", "--store", "nowhere"], "there is no store at nowhere"),
+        (["label", "supervised", "--store", "x"], "no teacher in a section 'teacher'"),
+        (["label", "kd", "--store", "x", "--share", "3/2"], "--share is '3/2'"),
+        (["label", "kd", "--store", "x", "--views", "strong"], "no view 'strong' to label"),
+    ],
+)
+def test_mistakes_are_one_sentence(arguments, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if arguments[1:2] == ["kd"]:
+        arguments = ["label", str(recipe(tmp_path)), *arguments[2:]]
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err
