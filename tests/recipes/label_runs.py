@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import sys
 from pathlib import Path
 
 import sklearn.datasets  # noqa: F401  (read by the digits; forked processes need not import it again)
@@ -37,10 +39,28 @@ def recipe(folder: Path) -> Path:
 SETTINGS = ["--batch-size", "16", "--versions", "2", "--top-k", "5", "--dtype", "float16"]
 
 
-def label(file: str, store: str, started: str) -> None:
-    """`limbeck label` in this process, in parts of two batches; writes the file `started` first."""
+def label(file: str, store: str) -> int:
+    """`limbeck label` in this process, in parts of two batches."""
     torch.set_num_threads(1)
     filling.BATCHES_PER_PART = 2
-    Path(started).touch()
     with contextlib.redirect_stdout(io.StringIO()):
-        raise SystemExit(main(["label", file, "--store", store, *SETTINGS]))
+        return main(["label", file, "--store", store, *SETTINGS])
+
+
+def serve() -> None:
+    """For every line of recipe and store: fork, say the child's number, let it label, say how it ended.
+
+    An import of everything would cost each process seconds.
+    """
+    for line in iter(sys.stdin.readline, ""):
+        file, store = line.split()
+        child = os.fork()
+        if not child:
+            os._exit(label(file, store))
+        print(child, flush=True)
+        _, status = os.waitpid(child, 0)
+        print(os.waitstatus_to_exitcode(status), flush=True)
+
+
+if __name__ == "__main__":
+    serve()

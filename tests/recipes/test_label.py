@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import contextlib
+import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,34 +18,51 @@ from limbeck.data import load_data
 from limbeck.recipes import label as label_by_recipe
 from limbeck.recipes import run
 from limbeck.teachers import Store, filling
-from tests.recipes.label_runs import SETTINGS, label, recipe
+from tests.recipes.label_runs import SETTINGS, recipe
 
 KILLS = 20
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.recipes.label_runs"])
 
 
 def contents(store: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in store.glob("shard-*.arrow")}
 
 
-def start(file: Path, store: Path) -> multiprocessing.Process:
-    started = store.parent / "started"
-    started.unlink(missing_ok=True)
-    process = CONTEXT.Process(target=label, args=(str(file), str(store), str(started)))
-    process.start()
-    while not started.exists() and process.is_alive():
-        time.sleep(0.001)
-    return process
+class Labeller:
+    """A process that forks one `limbeck label` after another."""
+
+    def __init__(self) -> None:
+        root = Path(__file__).parent.parent.parent
+        self.server = subprocess.Popen(
+            [sys.executable, "-m", "tests.recipes.label_runs"], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+
+    def label(self, file: Path, store: Path, kill_after: float | None = None) -> int:
+        """How it ended: 0, or minus the number of the signal that killed it after so many seconds."""
+        self.server.stdin.write(f"{file} {store}\n")
+        self.server.stdin.flush()
+        child = int(self.server.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            with contextlib.suppress(ProcessLookupError):  # it was faster
+                os.kill(child, signal.SIGKILL)
+        return int(self.server.stdout.readline())
 
 
-def test_labelling_killed_at_20_random_moments_ends_as_if_nothing_had_happened(tmp_path):
+@pytest.fixture
+def labeller():
+    made = Labeller()
+    yield made
+    made.server.stdin.close()
+    made.server.wait()
+
+
+def test_labelling_killed_at_20_random_moments_ends_as_if_nothing_had_happened(tmp_path, labeller):
     file = recipe(tmp_path)
+    assert labeller.label(file, tmp_path / "warm") == 0
     began = time.perf_counter()
-    process = start(file, tmp_path / "whole")
-    process.join()
+    assert labeller.label(file, tmp_path / "whole") == 0
     duration = time.perf_counter() - began
-    assert process.exitcode == 0
     whole, draw = contents(tmp_path / "whole"), random.Random(0)
     killed = attempt = 0
     while killed < KILLS:
@@ -50,14 +70,8 @@ def test_labelling_killed_at_20_random_moments_ends_as_if_nothing_had_happened(t
         attempt += 1
         assert attempt < 4 * KILLS, f"only {killed} of {KILLS} processes could be killed before their end"
         for _ in range(3):  # several kills in a row, then to the end
-            process = start(file, store)
-            time.sleep(draw.uniform(0, 0.8 * duration))
-            process.kill()  # SIGKILL
-            process.join()
-            killed += process.exitcode == -signal.SIGKILL
-        process = start(file, store)
-        process.join()
-        assert process.exitcode == 0
+            killed += labeller.label(file, store, draw.uniform(0, duration)) == -signal.SIGKILL
+        assert labeller.label(file, store) == 0
         assert contents(store) == whole
         Store(store).verify()
         assert Store(store).manifest == Store(tmp_path / "whole").manifest
