@@ -138,6 +138,7 @@ def label(known: argparse.Namespace, rest: list[str]) -> None:
             streams=known.streams,
             views=views.split(",") if isinstance(views, str) else views,
             keep=known.keep,
+            features=known.features,
             top_k=known.top_k,
             values=known.values,
             dtype=known.dtype,
@@ -290,10 +291,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     one.add_argument("--verify", action="store_true", help="read everything in the end; alone: look a store over")
     one.add_argument("--section", default="teacher", help="the recipe's teacher that answers (default %(default)s)")
     one.add_argument("--streams", nargs="+", help="streams or splits to label (default: those that the system reads)")
-    one.add_argument("--views", help="views to label: names, or YAML such as '{crop: {name: multi_crop, crops: 1}}'")
     one.add_argument(
-        "--keep", nargs="+", default=["logits"], choices=["logits", "embedding", "features"], help="(default logits)"
+        "--views",
+        help="views to label: names, YAML such as '{crop: {name: multi_crop, crops: 1}}', or [] for inputs as they are",
     )
+    one.add_argument(
+        "--keep", nargs="+", default=["logits"], choices=["logits", "embedding"], help="which outputs (default logits)"
+    )
+    one.add_argument("--features", nargs="+", default=[], metavar="MODULE", help="inner outputs, such as layer2 layer3")
     one.add_argument("--top-k", type=int, help="keep the K likeliest classes and the mass that is left")
     one.add_argument("--values", choices=["logits", "log_probabilities"], help="how logits are kept (default logits)")
     one.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16", "int8"])

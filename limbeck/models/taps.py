@@ -15,7 +15,7 @@ from limbeck.errors import UserError
 from limbeck.models.outputs import Outputs
 from limbeck.models.unwrap import layers_of_wrapping
 
-ATTENTION = "@attention"
+ATTENTION, INPUT = "@attention", "@input"
 
 
 class _Enough(Exception):
@@ -32,6 +32,7 @@ class Taps:
     `attention["encoder.layer.3.attention.self"]`: the second entry of what a transformers attention layer
     returns (load the model with `attn_implementation="eager"`, other implementations compute none), or the
     output of a module that returns only the weights (`blocks.0.attention.softmax` of `small_vit`).
+    `"head@input"` puts what the module reads in `features["head@input"]`.
 
     With `stop_early` the forward ends as soon as the last named module has run, and `logits` is None; modules
     behind it (and their BatchNorm statistics) are not touched. A module that runs several times in one forward
@@ -55,7 +56,7 @@ class Taps:
         self.stop_early = stop_early
         self._forward: Callable[[Any], Tensor | None] | None = None
         for name in self.names:
-            find_module(model, name.removesuffix(ATTENTION))
+            find_module(model, _bare(name))
 
     # Hooks and a caller's graph do not mix: dynamo would freeze the hooks that it saw first.
     @torch.compiler.disable
@@ -93,7 +94,7 @@ class Taps:
         handles = []
         try:
             for name in self.names:
-                module = find_module(self.model, name.removesuffix(ATTENTION))
+                module = find_module(self.model, _bare(name))
                 handles.append(module.register_forward_hook(_hook(name, taken, wanted)))
             yield
         finally:
@@ -111,11 +112,16 @@ def _hook(name: str, taken: dict[str, Tensor], wanted: int | None) -> Callable[.
             return
         if name not in taken:
             pick = _attention_in if name.endswith(ATTENTION) else _hidden_state_in
-            taken[name] = pick(output, name).clone()
+            taken[name] = pick(inputs if name.endswith(INPUT) else output, name).clone()
         if len(taken) == wanted:
             raise _Enough
 
     return hook
+
+
+def _bare(name: str) -> str:
+    """The module's own name."""
+    return name.removesuffix(ATTENTION).removesuffix(INPUT)
 
 
 def _forward_of(model: nn.Module) -> Callable[[Any], Tensor | None]:

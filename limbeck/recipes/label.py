@@ -14,7 +14,7 @@ from limbeck.errors import UserError
 from limbeck.recipes import recipe as recipes
 from limbeck.recipes.recipe import Parsed, plain
 from limbeck.recipes.run import build_teacher, trainers_of
-from limbeck.teachers import Answers, Filling, Store, Teacher
+from limbeck.teachers import Answers, Filling, Frozen, Store, Teacher
 from limbeck.train import Trainer
 
 PRECISIONS = {"32-true": "32", "bf16-mixed": "bf16", "16-mixed": "16"}
@@ -33,6 +33,7 @@ class Labelling:
         views: names of the recipe's views, or views by name as streams have them; default: those of the first stream
             that is labelled, or what models read as it is.
         answers: what is kept of the outputs.
+        features: names of the teacher's inner modules whose outputs are kept.
     """
 
     recipe: dict[str, Any]
@@ -41,6 +42,7 @@ class Labelling:
     streams: tuple[str, ...] | None = None
     views: Any = None
     answers: Answers = field(default_factory=Answers)
+    features: tuple[str, ...] = ()
     batch_size: int = 256
     allow_imports: bool = False
 
@@ -73,9 +75,12 @@ class Labelling:
             known = ", ".join(name for name, kind in networks.items() if kind is Teacher) or "none"
             raise UserError(f"the recipe has no teacher in a section '{self.section}' (teachers: {known})")
         shared = Path("runs") / self.recipe["method"]["name"] / "networks"
-        return build_teacher(
+        teacher = build_teacher(
             parsed, self.section, data, shared, self.allow_imports, progress, answers=Path(self.store), live=True
         )
+        if isinstance(teacher, Frozen) and {"embedding", "features"} & set(self.answers.keep):
+            return Frozen(teacher.model, taps=self.features, embedding="embedding" in self.answers.keep)
+        return teacher
 
     def _streams(self, parsed: Parsed, data: Any) -> tuple[str, ...]:
         if self.streams:
@@ -131,6 +136,7 @@ def label(
     streams: Sequence[str] | None = None,
     views: Any = None,
     keep: Sequence[str] = ("logits",),
+    features: Sequence[str] = (),
     top_k: int | None = None,
     values: str | None = None,
     dtype: str = "float32",
@@ -152,6 +158,7 @@ def label(
         recipe, settings, allow_imports: as `run` takes them.
         store: the folder; by default the recipe's `teacher.store`.
         section, streams, views, batch_size: see `Labelling`.
+        features: names of the teacher's inner modules (`model.named_modules()`) whose outputs are kept too.
         keep, top_k, values, dtype, versions: see `limbeck.teachers.Answers`; a teacher that only knows its likeliest
             classes gives log-probabilities.
         share: (i, n): this process takes every n-th block from the i-th on; the last one to finish completes the store.
@@ -174,6 +181,9 @@ def label(
         raise UserError("say where the answers go: --store <folder>")
     if top_k is None and "served" in given:
         top_k = int(given["served"].get("top_k", 5))
+    keep = [*keep, "features"] if features and "features" not in keep else keep
+    if "features" in keep and not features:
+        raise UserError("say which features to keep, by the names of the teacher's modules: features=[layer2, layer3]")
     kept = values or ("log_probabilities" if "served" in given else "logits")
     plan = Labelling(
         content,
@@ -182,6 +192,7 @@ def label(
         tuple(streams) if streams else None,
         views,
         Answers(tuple(keep), top_k, kept, dtype, versions),  # type: ignore[arg-type]
+        tuple(features),
         batch_size,
         allow_imports,
     )

@@ -9,8 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from limbeck.models import Outputs, Taps, class_count
+from limbeck.models import Outputs, Taps, class_count, find_head
 from limbeck.models.compiled import compile_in_place
+from limbeck.models.taps import INPUT
 from limbeck.teachers.teacher import Teacher
 
 
@@ -20,14 +21,19 @@ class Frozen(Teacher):
     Args:
         model: inputs to logits. It is put in eval mode and its parameters stop requiring gradients.
         taps: names of inner modules whose outputs are wanted too (`outputs.features[name]`).
+        embedding: give the pooled feature too that the final linear layer reads (`outputs.embedding`).
         batch_statistics: normalise by the batch's own statistics in BatchNorm layers, as some papers' teachers do.
             The model then loses its running statistics: give a copy of it where they are needed elsewhere.
     """
 
-    def __init__(self, model: nn.Module, *, taps: Sequence[str] = (), batch_statistics: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, taps: Sequence[str] = (), embedding: bool = False, batch_statistics: bool = False
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.class_count = class_count(model)
-        self.taps = Taps(self.model, taps) if taps else None
+        self.read_by_head = f"{find_head(model)[0]}{INPUT}" if embedding else None
+        tapped = [*taps, *([self.read_by_head] if self.read_by_head else [])]
+        self.taps = Taps(self.model, tapped) if tapped else None
         if batch_statistics:
             for module in model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -38,6 +44,8 @@ class Frozen(Teacher):
         with torch.inference_mode():
             inputs = fields[view]
             outputs = self.taps(inputs) if self.taps else Outputs(logits=self.model(inputs))
+        if self.read_by_head:
+            outputs.embedding = outputs.features.pop(self.read_by_head)
         # A loss may save its target for backward, which tensors born in inference mode refuse: hand out copies.
         return outputs.map(Tensor.clone)
 

@@ -12,12 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from limbeck.cli import main
 from limbeck.data import load_data
+from limbeck.models import load_model, split_head
 from limbeck.recipes import label as label_by_recipe
 from limbeck.recipes import run
-from limbeck.teachers import Store, filling
+from limbeck.teachers import Store, Stored, filling
 from tests.recipes.label_runs import SETTINGS, recipe
 
 KILLS = 20
@@ -115,6 +117,21 @@ def test_labelling_fits_the_streams_of_a_system(tmp_path):
     store = label_by_recipe(file, store=tmp_path / "store", streams=["train", "validation"], batch_size=64)
     data = load_data("digits", validation_fraction=0.1)
     assert len(store) == len(data.train) + len(data.validation)
+
+
+def test_embeddings_and_named_features_are_kept(tmp_path):
+    """The embedding is what the head reads: head(embedding) are the logits."""
+    file, store = recipe(tmp_path), tmp_path / "store"
+    keep = ["--keep", "logits", "embedding", "--features", "0.blocks.0", "--dtype", "bfloat16"]
+    teacher = load_model(tmp_path / "teacher").eval()
+    names = [name for name, module in teacher.named_modules() if isinstance(module, torch.nn.Conv2d)]
+    keep[keep.index("0.blocks.0")] = names[-1]
+    assert main(["label", str(file), "--store", str(store), "--views", "[]", *keep]) == 0
+    stored, data = Stored(store), load_data("digits", validation_fraction=0.1)
+    batch = data.train.batch(torch.arange(8))
+    answer = stored({"index": batch["index"]}, stored.settings["field"])
+    torch.testing.assert_close(split_head(teacher)[1](answer.embedding), answer.logits, atol=0.1, rtol=0.05)
+    assert answer.features[names[-1]].dim() == 4
 
 
 def test_two_shares_make_the_store_of_one_process(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from limbeck.data import LanguageData, load_language
 from limbeck.errors import UserError
 from limbeck.models import load_language_model, save_model
 from limbeck.recipes import Result, run
-from limbeck.recipes.tasks.language import TASK
+from limbeck.recipes.tasks.language import TASK, _prompts
 from limbeck.teachers import Frozen
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 20
@@ -72,6 +72,14 @@ def test_prompts_of_pairs_are_gone_on_from():
     data = load_language({"train": pairs, "test": pairs}, max_length=16)
     model = load_language_model("hf-config:gpt2", **TASK.shape(data, "student"), config=GPT)
     assert len(TASK.exhibits(model, data)) == 1
+
+
+def test_prompts_are_shown_as_models_read_them_when_they_were_shortened():
+    pairs = {"prompt": ["a long way to go", "12"], "response": ["2", "4"]}
+    data = load_language({"train": pairs, "test": pairs}, max_length=8, truncate="prompt")
+    shown = _prompts(data)
+    assert data.decode(shown["input_ids"]) == ["a lon\n", "12\n"]
+    assert shown["attention_mask"].tolist() == [[1] * 6, [0] * 3 + [1] * 3]  # padding on the left: models go on behind
 
 
 def test_networks_that_lack_words_of_the_data_are_refused():
