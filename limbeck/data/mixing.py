@@ -101,6 +101,25 @@ def cutmix(
     return _partial(from_mask(~(inside_y[:, :, None] & inside_x[:, None, :]), partner), mix_fraction)
 
 
+def mixup_or_cutmix(
+    batch_size: int,
+    height_width: tuple[int, int],
+    *,
+    mixup_alpha: float = 0.8,
+    cutmix_alpha: float = 1.0,
+    switch_probability: float = 0.5,
+    partner: Tensor | None = None,
+    device: torch.device | str = "cpu",
+) -> Mix:
+    """A draw of `cutmix` with `switch_probability`, else of `mixup`, for the whole batch.
+
+    Source: the usual augmentation of ViT recipes (Touvron et al. 2021, table 9), whose settings are the defaults.
+    """
+    if float(torch.rand(())) < switch_probability:  # a number of the host: nothing waits for the device
+        return cutmix(batch_size, height_width, cutmix_alpha, partner=partner, device=device)
+    return mixup(batch_size, mixup_alpha, partner=partner, device=device)
+
+
 def from_mask(mask: Tensor, partner: Tensor) -> Mix:
     """Any mask (bool [B,H,W], true where a pixel is its own sample's): regions, classes, objects."""
     return Mix(partner, mask.float().mean((1, 2)), mask)

@@ -5,6 +5,7 @@ the checkpoint and the same on all processes.
 """
 
 from .alignment import AverageAlignment, DistributionAlignment, align
+from .bands import HARD, IMPORTANT, UNINFORMATIVE, confidence_bands, keep_median
 from .boxes import (
     confident_boxes,
     jitter_boxes,
@@ -13,6 +14,7 @@ from .boxes import (
     score_thresholds,
     uncovered,
 )
+from .calibration import expected_calibration_error, grid_search
 from .clusters import Clusters, cluster_labels, kmeans, mutual_information, nearest_centre, whiten
 from .masks import confident_share, drop_uncertain, hard_mask, mask_accuracy
 from .memory import PredictionTable
@@ -31,6 +33,9 @@ from .thresholds import (
 from .weights import TruncatedGaussian, certainty, confidence, margin, negative_entropy
 
 __all__ = [
+    "HARD",
+    "IMPORTANT",
+    "UNINFORMATIVE",
     "AverageAlignment",
     "ClassAdaptive",
     "Clusters",
@@ -46,14 +51,18 @@ __all__ = [
     "class_thresholds",
     "cluster_labels",
     "confidence",
+    "confidence_bands",
     "confident_boxes",
     "confident_share",
     "drop_uncertain",
+    "expected_calibration_error",
     "fixed",
+    "grid_search",
     "hard",
     "hard_mask",
     "jitter_boxes",
     "jitter_variance",
+    "keep_median",
     "kmeans",
     "margin",
     "mask_accuracy",

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from limbeck.data import Mix, cutmix, from_mask, mixup, permutation
+from limbeck.data import Mix, cutmix, from_mask, mixup, mixup_or_cutmix, permutation
 
 DRAWS = {"seed": st.integers(0, 99), "rows": st.integers(2, 12), "per_sample": st.booleans()}
 FRACTION = st.sampled_from([0.0, 0.3, 1.0])
@@ -104,3 +104,11 @@ def test_integers_are_refused_where_they_cannot_blend():
         mix.pixels(torch.zeros(2, 4, 4).long())
     with pytest.raises(TypeError, match="one_hot"):
         mix.labels(torch.zeros(2).long())
+
+
+def test_a_choice_between_mixup_and_cutmix_follows_the_switch_and_passes_the_partner_on():
+    torch.manual_seed(0)
+    partner = torch.tensor([1, 2, 3, 0])
+    drawn = [mixup_or_cutmix(4, (6, 6), switch_probability=0.25, partner=partner) for _ in range(400)]
+    assert all(torch.equal(mix.partner, partner) and len(mix.share.unique()) == 1 for mix in drawn)
+    assert abs(sum(mix.mask is not None for mix in drawn) / 400 - 0.25) < 0.07

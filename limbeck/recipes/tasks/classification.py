@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from limbeck.data import Data, Samples, load_data, tokenize
+from limbeck.data import Data, Samples, load_data, on_canvas, tokenize
 from limbeck.data.splits import noisy_labels, split_labels
 from limbeck.errors import UserError
 from limbeck.evaluate import ClassificationEvaluator, Reliability, predict, reliability
@@ -32,7 +32,7 @@ class Classification(Task):
         settings = {name: value for name, value in settings.items() if name not in NOT_IN_RECIPES}
         labels = {name: settings.pop(name, None) for name in ("labels_per_class", "labelled_fraction")}
         keep = settings.pop("keep_labelled_in_unlabelled", True)
-        changes = {name: settings.pop(name) for name in ("label_noise", "hidden_labels") if name in settings}
+        changes = {name: settings.pop(name) for name in ("label_noise", "hidden_labels", "canvas") if name in settings}
         tokens = {name: settings.pop(name) for name in ("tokenizer", "max_length") if name in settings}
         data = tokenized(load_data(settings.pop("name_or_path"), **settings, seed=seed), **tokens)
         data = harder(data, **changes, seed=seed)
@@ -58,14 +58,27 @@ class Classification(Task):
 TASK = Classification()
 
 
-def harder(data: Data, *, label_noise: float = 0.0, hidden_labels: bool = False, seed: int = 0) -> Data:
-    """Change the training samples of a data set, before labels are taken away.
+def harder(
+    data: Data,
+    *,
+    label_noise: float = 0.0,
+    hidden_labels: bool = False,
+    canvas: int | None = None,
+    seed: int = 0,
+) -> Data:
+    """Change the samples of a data set, before labels are taken away.
 
     Args:
         label_noise: share of the training labels that are replaced by another class, drawn evenly.
         hidden_labels: keep the true labels of unlabelled samples as the field `hidden_label`, which methods only use
             to measure themselves.
+        canvas: paste every image, of all splits, at a random place of an empty square of so many pixels; the field
+            `hidden_box` says where the object lies.
     """
+    if canvas is not None:
+        splits = {name: getattr(data, name) for name in ("train", "test", "validation", "unlabelled")}
+        placed: Any = {name: on_canvas(split, canvas, seed) for name, split in splits.items() if split is not None}
+        data = replace(data, **placed)
     train = noisy_labels(data.train, label_noise, seed) if label_noise > 0 else data.train
     if hidden_labels:
         train = train.with_fields({"hidden_label": data.train.labels})
