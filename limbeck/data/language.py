@@ -23,7 +23,7 @@ IGNORE = -100  # the label of a token that no loss and no metric counts: prompt 
 PAD, UNKNOWN, END, MASK = SPECIAL = ("<pad>", "<unk>", "<eos>", "<mask>")
 BLOCK = 1_000_000  # characters in one call of the tokenizer: bounds what its lists take
 
-Texts = dict[str, Any]  # one split: {"text": [...]}, {"prompt": [...], "response": [...]}
+Texts = dict[str, Any]  # one split: {"text": [...]}, {"prompt": [...], "response": [...]}, or these with "label"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class LanguageData(Data):
     Each split has the fields `tokens` ({"input_ids", "attention_mask"}, int64 [N, L], padding on the right), `labels`
     (int64 [N, L]: the token itself where it is scored, -100 in prompts and padding) and `characters` (int64 [N]: how
     many characters of text the scored tokens stand for). Pairs keep their texts as `prompt` and `response`, padded
-    documents theirs as `text`.
+    documents theirs as `text`. Classes that were put into words (`verbalise`) keep their number as `label`.
     """
 
     tokenizer: Any
@@ -61,10 +61,12 @@ def load_language(
     response_column: str | None = None,
     text_column: str | None = None,
     separator: str = "\n",
-    truncate: bool = False,
+    verbalise: Sequence[str] | Literal["classes"] | None = None,
+    truncate: bool | Literal["prompt"] = False,
     validation_fraction: float = 0.05,
     test_fraction: float = 0.05,
     limit: int | Mapping[str, int] | None = None,
+    split_seed: int | None = None,
     seed: int = 0,
 ) -> LanguageData:
     """Rows of tokens for language models, from plain text, documents, or pairs of prompt and response.
@@ -87,32 +89,44 @@ def load_language(
     once (`pack`); `padded` makes every document one row. Default: packed for one text, padded for documents and pairs.
     In packed rows a document sees the ones before it.
 
-    `truncate=True` cuts off what a document has beyond `max_length` in the padded layout. `limit` keeps the first rows
-    of each split, or of those named. `seed` chooses the documents of splits that are taken from `train`.
+    `verbalise` reads a labelled set of texts as pairs for classification by the next token: the text is the prompt, and
+    the word of its class the response, with no end behind it. The words in the order of the classes, or `"classes"` for
+    the classes' own names; they must begin with different tokens, for a model answers with the first.
+
+    `truncate` says what becomes of a document longer than `max_length` in the padded layout: True cuts off its end,
+    `"prompt"` shortens the prompt (before the separator) until the response fits. `limit` keeps the first rows of each
+    split, or of those named. `split_seed` (by default the run's `seed`) chooses the documents of splits that are taken
+    from `train`: set it where a teacher of another run must not have seen this run's validation or test rows.
 
     Raises `UserError` for text that is empty, documents longer than `max_length` (unless `truncate`), a prompt that
-    leaves no room for its response, an unknown tokenizer or a missing column.
+    leaves no room for its response, an unknown tokenizer, a missing column, or words that do not fit the classes.
     """
     if max_length < 2:
         raise UserError(f"max_length is {max_length}; a language model needs at least 2 tokens, one to predict another")
-    name, splits = _read(name_or_path, (prompt_column, response_column, text_column), validation_fraction,
-                         test_fraction, seed)  # fmt: skip
+    columns = (prompt_column, response_column, text_column)
+    split_seed = seed if split_seed is None else split_seed
+    name, splits, words = _read(name_or_path, columns, verbalise, validation_fraction, test_fraction, split_seed)
     for split, texts in splits.items():
         _refuse_empty(split, texts)
     corpus = {**splits["train"], "separator": [separator]} if "prompt" in splits["train"] else splits["train"]
     reader = language_tokenizer(tokenizer, vocab_size=vocab_size, corpus=corpus)
     one_text = isinstance(splits["train"].get("text"), str)
     packed = (layout or ("packed" if one_text else "padded")) == "packed"
+    if verbalise is not None and (words is None or packed):
+        raise UserError("verbalise asks for one answer a row, so it takes labelled texts in the padded layout")
+    if words is not None:
+        _refuse_same_beginning(words, reader)
+    room = max_length if truncate == "prompt" and not packed else None
     made = {}
     for split, texts in splits.items():
-        documents = _encode(texts, reader, separator)
+        documents = _encode(texts, reader, separator, room)
         if packed:
             rows = _packed(split, documents, max_length)
         else:
-            rows = _padded(split, documents, max_length, reader.pad_token_id, truncate)
-            rows |= {column: values for column, values in texts.items() if isinstance(values, list)}
+            rows = _padded(split, documents, max_length, reader.pad_token_id, bool(truncate))
+            rows |= {column: values for column, values in texts.items() if not isinstance(values, str)}
         kept = limit.get(split) if isinstance(limit, Mapping) else limit
-        samples = Samples(rows)
+        samples = Samples(rows, words)
         made[split] = samples if kept is None else samples.select(torch.arange(min(kept, len(samples))))
     return LanguageData(**made, name=name, tokenizer=reader, max_length=max_length)
 
@@ -282,17 +296,26 @@ class _Document:
     characters: np.ndarray
 
 
-def _encode(texts: Texts, tokenizer: Any, separator: str) -> list[_Document]:
-    start, end = _beginning(tokenizer), [tokenizer.eos_token_id]
+def _encode(texts: Texts, tokenizer: Any, separator: str, room: int | None) -> list[_Document]:
+    """The documents of a split. `room` is the most tokens that a pair may have; its prompt is shortened to it."""
+    start = _beginning(tokenizer)
+    end = [] if "label" in texts else [tokenizer.eos_token_id]
     if isinstance(texts.get("text"), str):  # one text that was cut: its pieces neither begin nor end
         pieces = [_scored([], piece, []) for piece in _encodings(_pieces(texts["text"]), tokenizer)]
         ids, characters = (np.concatenate([getattr(p, name) for p in pieces]) for name in ("ids", "characters"))
         return [_Document(ids, 0, characters)]
     if "text" in texts:
         return [_scored(start, encoding, end) for encoding in _encodings(texts["text"], tokenizer)]
-    prompts = _encodings([prompt + separator for prompt in texts["prompt"]], tokenizer)
+    prompts = [prompt.ids for prompt in _encodings([prompt + separator for prompt in texts["prompt"]], tokenizer)]
     responses = _encodings(texts["response"], tokenizer)
-    return [_scored([*start, *prompt.ids], response, end) for prompt, response in zip(prompts, responses, strict=True)]
+    if room is not None:
+        last = _encodings([separator], tokenizer)[0].ids
+        room -= len(start) + len(end) + len(last)
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            kept = max(0, room - len(response.ids))
+            if len(prompt) > kept + len(last):
+                prompts[row] = prompt[:kept] + last
+    return [_scored([*start, *prompt], response, end) for prompt, response in zip(prompts, responses, strict=True)]
 
 
 def _scored(prompt: list[int], encoding: Any, end: list[int]) -> _Document:
@@ -374,26 +397,59 @@ def _padded(split: str, documents: list[_Document], max_length: int, pad_id: int
 def _read(
     source: str | Path | Mapping[str, Any],
     columns: tuple[str | None, str | None, str | None],
+    verbalise: Sequence[str] | Literal["classes"] | None,
     validation_fraction: float,
     test_fraction: float,
     seed: int,
-) -> tuple[str, dict[str, Texts]]:
-    """Name and texts of every split."""
+) -> tuple[str, dict[str, Texts], list[str] | None]:
+    """Name and texts of every split, and the words of the classes where these are put into words."""
     if isinstance(source, Mapping):
         if isinstance(source.get("train"), str):
             if "test" not in source:
-                return "text", _cut(source["train"], "the text", validation_fraction, test_fraction)
-            return "text", {split: {"text": text} for split, text in source.items()}
+                return "text", _cut(source["train"], "the text", validation_fraction, test_fraction), None
+            return "text", {split: {"text": text} for split, text in source.items()}, None
         name, data = "data", load_data(_lists(source), test_fraction=test_fraction, seed=seed, progress=False)
     elif file := _text_file(str(source)):
-        return Path(source).stem, _cut(_decoded(file), str(file), validation_fraction, test_fraction)
+        return Path(source).stem, _cut(_decoded(file), str(file), validation_fraction, test_fraction), None
     else:
         name = Path(source).name
         data = load_data(
             source, validation_fraction=validation_fraction, test_fraction=test_fraction, seed=seed, progress=False
         )
+    words = None if verbalise is None else _words(verbalise, data.train)
     splits = {"train": data.train, "validation": data.validation, "test": data.test}
-    return name, {split: _columns(split, samples, *columns) for split, samples in splits.items() if samples is not None}
+    texts = {
+        split: _columns(split, samples, words, *columns) for split, samples in splits.items() if samples is not None
+    }
+    return name, texts, words
+
+
+def _words(verbalise: Sequence[str] | Literal["classes"], samples: Samples) -> list[str]:
+    """The word of each class."""
+    classes = samples.classes
+    if classes is None:
+        raise UserError(
+            f"verbalise puts classes into words, and these samples have no field 'label', they have "
+            f"{', '.join(samples.fields)}; name prompts and responses by prompt_column and response_column"
+        )
+    words = classes if verbalise == "classes" else list(verbalise)
+    if len(words) != len(classes):
+        raise UserError(
+            f"verbalise has {len(words)} words and the data {len(classes)} classes ({', '.join(classes)}); give one "
+            "word for each, in this order"
+        )
+    return words
+
+
+def _refuse_same_beginning(words: Sequence[str], tokenizer: Any) -> None:
+    """A model answers with the first token, so it must tell the classes apart."""
+    first = [encoding.ids[0] for encoding in _encodings(words, tokenizer)]
+    for number, token in enumerate(first):
+        if (other := first.index(token)) < number:
+            raise UserError(
+                f"the words '{words[other]}' and '{words[number]}' of verbalise begin with the same token; choose "
+                "others, or a larger vocabulary"
+            )
 
 
 def _lists(source: Mapping[str, Any]) -> dict[str, Any]:
@@ -435,8 +491,20 @@ def _cut(text: str, where: str, validation_fraction: float, test_fraction: float
     return {split: {"text": part} for split, part in parts.items() if part}
 
 
-def _columns(split: str, samples: Samples, prompt: str | None, response: str | None, text: str | None) -> Texts:
-    """The columns that the caller named, else prompt and response where there are both, else text."""
+def _columns(
+    split: str,
+    samples: Samples,
+    words: Sequence[str] | None,
+    prompt: str | None,
+    response: str | None,
+    text: str | None,
+) -> Texts:
+    """The columns that the caller named, else prompt and response where there are both, else text; with `words` the
+    text as prompt and the word of its class as response."""
+    if words is not None:
+        texts = _columns(split, samples, None, None, None, prompt or text)
+        labels = samples.labels
+        return {"prompt": texts["text"], "response": [words[label] for label in labels.tolist()], "label": labels}
     is_pairs = text is None and (prompt or response or {"prompt", "response"} <= samples.fields.keys())
     wanted = (
         {"prompt": prompt or "prompt", "response": response or "response"} if is_pairs else {"text": text or "text"}
@@ -452,6 +520,8 @@ def _columns(split: str, samples: Samples, prompt: str | None, response: str | N
 
 def _refuse_empty(split: str, texts: Texts) -> None:
     for column, values in texts.items():
+        if isinstance(values, Tensor):
+            continue
         if isinstance(values, str):
             if not values.strip():
                 raise UserError(f"the {split} text is empty; give a text with something in it")
@@ -465,4 +535,5 @@ def _refuse_empty(split: str, texts: Texts) -> None:
 
 def _texts_of(corpus: Mapping[str, Any]) -> Iterator[str]:
     for values in corpus.values():
-        yield from _pieces(values) if isinstance(values, str) else values
+        if not isinstance(values, Tensor):
+            yield from _pieces(values) if isinstance(values, str) else values

@@ -49,6 +49,7 @@ COLUMNS = {
         Column("accuracy", "Accuracy", "%", 100, 2, "max"),
         Column("nll", "NLL", "nats", 1, 3, "min"),
         Column("ece", "ECE", "%", 100, 2, "min"),
+        Column("trust", "Accuracy - ECE", "%", 100, 2, "max"),
         Column("adaptive_ece", "Adaptive ECE", "%", 100, 2, "min"),
         Column("aurc", "AURC", "%", 100, 2, "min"),
         Column("brier", "Brier score", "", 1, 3, "min"),

@@ -246,3 +246,68 @@ def test_gsm8k_gives_pairs_whose_answers_are_scored():
     )
     answer = data.decode(torch.tensor([scored(data, split="test")]))[0]
     assert answer == data.test.fields["response"][0]
+
+
+# ---------------------------------------------------------------- classes in words
+
+LABELLED = {
+    "train": {"text": ["a fox runs far", "the sun is hot", "dogs bark", "ice is cold"], "label": [1, 0, 1, 0]},
+    "test": {"text": ["cats purr"], "label": [1]},
+}
+
+
+def test_classes_become_words_behind_their_texts_and_keep_their_numbers():
+    data = load_language(LABELLED, max_length=40, verbalise=["Weather", "Animal"])
+    assert data.classes == ["Weather", "Animal"]
+    assert data.train.fields["prompt"][0] == "a fox runs far" and data.train.fields["response"][0] == "Animal"
+    assert data.train.labels.tolist() == [1, 0, 1, 0]
+    ids = data.train.fields["tokens"]["input_ids"][:1]
+    assert data.decode(ids) == ["a fox runs far\nAnimal"]
+
+
+def test_only_the_word_is_scored_and_nothing_ends_it():
+    data = load_language(LABELLED, max_length=40, verbalise=["Weather", "Animal"])
+    assert data.decode([scored(data, 1)]) == ["Weather"] and data.tokenizer.eos_token_id not in scored(data, 1)
+
+
+def test_classes_may_speak_for_themselves():
+    named = {split: {**part, "label": ["cold", "warm"]} for split, part in
+             {"train": {"text": ["ice", "sun"]}, "test": {"text": ["snow", "fire"]}}.items()}  # fmt: skip
+    data = load_language(named, max_length=16, verbalise="classes")
+    assert data.test.fields["response"] == ["cold", "warm"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"verbalise": ["Animal"]}, "verbalise has 1 words and the data 2 classes"),
+        ({"verbalise": ["Animal", "Atom"]}, "'Animal' and 'Atom' of verbalise begin with the same token"),
+        ({"verbalise": ["Animal", "Animal"]}, "'Animal' and 'Animal' of verbalise begin with the same token"),
+        ({"verbalise": ["X", "Y"], "layout": "packed"}, "verbalise asks for one answer a row"),
+    ],
+)
+def test_words_that_do_not_fit_the_classes_are_refused(change, sentence):
+    with pytest.raises(UserError, match=sentence):
+        load_language(LABELLED, max_length=40, **change)
+
+
+def test_texts_without_classes_cannot_be_put_into_words():
+    with pytest.raises(UserError, match="these samples have no field 'label'"):
+        load_language(PAIRS, max_length=40, verbalise=["X", "Y"])
+    with pytest.raises(UserError, match="verbalise asks for one answer a row"):
+        load_language({"train": TEXT}, max_length=40, verbalise=["X", "Y"])
+
+
+def test_a_prompt_is_shortened_before_the_separator_until_its_response_fits():
+    data = load_language(PAIRS, max_length=14, truncate="prompt", separator=" -> ")
+    assert data.decode(data.train.fields["tokens"]["input_ids"]) == ["1+1? -> 2", "capi -> Paris"]
+    assert data.decode([scored(data, 1)]) == ["Paris"] and scored(data, 1)[-1] == data.tokenizer.eos_token_id
+
+
+def test_the_splits_stand_still_where_they_have_a_seed_of_their_own():
+    many = {"train": {"text": [f"text {n}" for n in range(40)], "label": [n % 2 for n in range(40)]}}
+    first, second, other = (
+        load_language(many, max_length=16, verbalise=["X", "Y"], test_fraction=0.25, **seeds).test.fields["prompt"]
+        for seeds in ({"split_seed": 0, "seed": 1}, {"split_seed": 0, "seed": 2}, {"seed": 2})
+    )
+    assert first == second != other

@@ -97,3 +97,35 @@ def test_bits_per_character_agree_over_tokenizers_where_the_model_knows_nothing(
 def test_what_cannot_be_scored_is_named(samples, sentence):
     with pytest.raises(UserError, match=sentence):
         language_metrics(bigram(0), samples)
+
+
+# ---------------------------------------------------------------- answers
+
+
+def answered(labels_NL: list[list[int]], label: list[int]) -> Samples:
+    """Rows whose labels are -100 before the answer; the table's row of the token before it gives the answer."""
+    labels = torch.tensor(labels_NL)
+    return rows(labels).with_fields({"label": torch.tensor(label)})
+
+
+def test_the_answer_is_the_first_token_of_the_response():
+    """Token 0 stands before every answer, where the model says 1 with 0.7; what follows the answer does not count."""
+    table = torch.full((V, V), -30.0)
+    table[0] = torch.tensor([0.1, 0.7, 0.1, 0.1]).log()
+    table[1:, 0] = 0.0  # sure of 0 behind any answer
+    samples = answered([[-100, 1, 3], [-100, 1, 2], [-100, 2, 3], [-100, 1, 3]], [0, 0, 1, 0])
+    found = language_metrics(Bigram(table), samples, batch_size=3)
+    assert found["accuracy"] == pytest.approx(0.75)
+    assert found["ece"] == pytest.approx(0.05, abs=1e-5)
+    assert found["trust"] == pytest.approx(0.7, abs=1e-5)
+
+
+def test_an_answer_outside_of_the_class_words_is_wrong():
+    table = torch.zeros(V, V)
+    table[0, 3] = 9.0  # no class is called 3
+    found = language_metrics(Bigram(table), answered([[-100, 1], [-100, 2]], [0, 1]))
+    assert found["accuracy"] == 0 and found["ece"] > 0.9
+
+
+def test_texts_without_classes_have_no_answers():
+    assert not {"ece", "trust"} & language_metrics(bigram(0), rows(torch.randint(0, V, (3, 5)))).keys()

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from limbeck.data import Data, LanguageData, Samples, load_language, prompt_tokens
+from limbeck.data import Data, LanguageData, Samples, load_language
 from limbeck.errors import UserError
 from limbeck.evaluate import LanguageEvaluator
 from limbeck.models import CausalLM, generate, load_language_model, vocabulary_size
@@ -20,6 +21,7 @@ from limbeck.report import texts_figure
 from limbeck.teachers import Frozen
 
 SHOWN, NEW = 3, 160  # prompts in a report, and most new tokens after each
+IGNORE = -100  # the label of a token that is not scored
 
 
 class Language(Task):
@@ -27,7 +29,8 @@ class Language(Task):
 
     name = "language-modelling"
     columns = (
-        "nll", "perplexity", "bits_per_character", "teacher_kl", "entropy", "parameters", "latency_ms", "seconds",
+        "nll", "perplexity", "bits_per_character", "teacher_kl", "entropy", "accuracy", "ece", "trust", "parameters",
+        "latency_ms", "seconds",
     )  # fmt: skip
     load_data = staticmethod(load_language)
     load_model = staticmethod(load_language_model)
@@ -83,12 +86,17 @@ TASK = Language()
 
 
 def _prompts(data: LanguageData) -> dict[str, Tensor]:
-    """The prompts of the first test rows, or the first quarter of rows that have none."""
-    if "prompt" in data.test.fields:
-        prompts = data.test.fields["prompt"][:SHOWN]
-        return prompt_tokens(prompts, data.tokenizer)
-    rows = data.test.batch(torch.arange(min(SHOWN, len(data.test))))["tokens"]
-    return {name: part[:, : max(1, part.shape[1] // 4)] for name, part in rows.items()}
+    """The prompts of the first test rows as models read them, or the first quarter of rows that have none."""
+    rows = data.test.batch(torch.arange(min(SHOWN, len(data.test))))
+    if "prompt" not in rows:
+        return {name: part[:, : max(1, part.shape[1] // 4)] for name, part in rows["tokens"].items()}
+    lengths = (rows["labels"] != IGNORE).int().argmax(1).tolist()
+    ids = [ids_L[:length] for ids_L, length in zip(rows["tokens"]["input_ids"], lengths, strict=True)]
+    padded = {"input_ids": (ids, data.tokenizer.pad_token_id), "attention_mask": ([torch.ones_like(i) for i in ids], 0)}
+    return {  # padding on the left: the models go on at the end
+        name: torch.stack([F.pad(part, (max(lengths) - len(part), 0), value=filler) for part in parts])
+        for name, (parts, filler) in padded.items()
+    }
 
 
 def _responses(model: nn.Module, prompts: Mapping[str, Tensor], new: int, tokenizer: Any) -> Tensor:
