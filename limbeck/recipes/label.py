@@ -33,6 +33,8 @@ class Labelling:
         views: names of the recipe's views, or views by name as streams have them; default: those of the first stream
             that is labelled, or what models read as it is.
         answers: what is kept of the outputs.
+        batch_size: samples in a forward pass; default: that of the recipe's stream, with which a live teacher's answers
+            are those of the store to the last bit, or 256 where the recipe has none.
         features: names of the teacher's inner modules whose outputs are kept.
     """
 
@@ -43,7 +45,7 @@ class Labelling:
     views: Any = None
     answers: Answers = field(default_factory=Answers)
     features: tuple[str, ...] = ()
-    batch_size: int = 256
+    batch_size: int | None = None
     allow_imports: bool = False
 
     def fillings(self, progress: bool = False) -> Iterator[Filling]:
@@ -63,7 +65,7 @@ class Labelling:
                 views=self._views(parsed, name),
                 field=read,
                 answers=self.answers,
-                batch_size=self.batch_size,
+                batch_size=self.batch_size or _batch_size(parsed, name),
                 seed=seed,
                 name=data.name,
                 **_how(trainer),
@@ -113,6 +115,14 @@ def _views_of(parsed: Parsed, stream: str) -> dict[str, Any]:
     return {name: spec for settings in chosen for name, spec in settings.views.items()}
 
 
+def _batch_size(parsed: Parsed, stream: str) -> int:
+    """That of the recipe's stream of this name, or of its first one where the name is that of a split."""
+    if not parsed.interface.is_method:
+        return 256
+    streams = vars(parsed.settings.streams)
+    return streams.get(stream, next(iter(streams.values()))).batch_size
+
+
 def _made(spec: Any) -> View:
     arguments = {"name": spec} if isinstance(spec, str) else dict(spec)
     return make_view(arguments.pop("name"), **arguments)
@@ -141,7 +151,7 @@ def label(
     values: str | None = None,
     dtype: str = "float32",
     versions: int = 1,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     share: tuple[int, int] = (0, 1),
     workers: int = 0,
     ray: int | None = None,
