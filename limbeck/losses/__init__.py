@@ -4,6 +4,7 @@
 for all of its functions.
 """
 
+from .alignment import answer_places, shared_divergence, shared_tokens, universal_logit_distance
 from .balance import balance_cv, balance_kl, balance_switch
 from .contrastive import info_nce, nt_xent, supervised_contrastive
 from .dense import (
@@ -30,7 +31,6 @@ from .divergence import (
     jensen_shannon,
     kl_divergence,
     kl_to_uniform,
-    linear_kl,
     reverse_kl,
     skew_kl,
     skew_reverse_kl,
@@ -70,11 +70,16 @@ from .relation import (
     similarity_preserving,
     split_heads,
 )
+from .sparse import Rest, SparseDivergence, divergence_named, sparse_divergence
+from .vocabulary import linear_cross_entropy, linear_divergence, linear_sparse_divergence
 
 __all__ = [
     "masked_patch_mse",
     "Reduction",
+    "Rest",
+    "SparseDivergence",
     "TokenReduction",
+    "answer_places",
     "attention_relation",
     "attention_transfer",
     "balance_cv",
@@ -90,6 +95,7 @@ __all__ = [
     "discrimination",
     "distribution_matching",
     "distribution_matching_gradient",
+    "divergence_named",
     "entropy",
     "feature_l1",
     "feature_mse",
@@ -102,7 +108,9 @@ __all__ = [
     "jensen_shannon",
     "kl_divergence",
     "kl_to_uniform",
-    "linear_kl",
+    "linear_cross_entropy",
+    "linear_divergence",
+    "linear_sparse_divergence",
     "normalize_features",
     "nt_xent",
     "pixel_cross_entropy",
@@ -117,12 +125,15 @@ __all__ = [
     "reverse_kl",
     "rkd_angle",
     "rkd_distance",
+    "shared_divergence",
+    "shared_tokens",
     "shift",
     "similarity_matrix",
     "similarity_preserving",
     "skew_kl",
     "skew_reverse_kl",
     "soft_cross_entropy",
+    "sparse_divergence",
     "split_heads",
     "supervised_contrastive",
     "symmetric_kl",
@@ -132,6 +143,7 @@ __all__ = [
     "token_soft_cross_entropy",
     "total_variation",
     "unit",
+    "universal_logit_distance",
     "upcast",
     "x0_weight",
 ]

@@ -1,6 +1,6 @@
 """Divergences between the distributions that two models' logits stand for.
 
-Letters: B samples, C classes, N items (samples, tokens), V words, D and E widths of hidden states.
+Letters: B samples, C classes.
 p = softmax(teacher / T), q = softmax(student / T), both over `dim`.
 
 What holds for every function here:
@@ -22,13 +22,10 @@ What holds for every function here:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from .reduction import EXCLUDED, Reduction, check_same_shape, per_item, reduce, upcast
 
@@ -239,52 +236,6 @@ def kl_to_uniform(
     return reduce(items, reduction=reduction, weight=weight, mask=mask, elements=logits.shape[dim])
 
 
-def linear_kl(
-    student_hidden: Tensor,
-    student_weight_VD: Tensor,
-    teacher_hidden: Tensor,
-    teacher_weight_VE: Tensor,
-    *,
-    student_bias_V: Tensor | None = None,
-    teacher_bias_V: Tensor | None = None,
-    divergence: Callable[..., Tensor] = kl_divergence,
-    temperature: float = 1.0,
-    scale_by_t2: bool,
-    reduction: Reduction,
-    weight: Tensor | None = None,
-    mask: Tensor | None = None,
-    chunk: int,
-) -> Tensor:
-    """A divergence between the vocabulary distributions of two output layers, without ever holding all the
-    logits.
-
-    student logits = student_hidden @ student_weight_VD^T + student_bias_V; the teacher's likewise. `chunk`
-    items at a time are computed forwards, thrown away, and computed again backwards: memory grows with chunk
-    * V instead of items * V, for half as many matrix products again (6 instead of 4). Value and gradients are
-    those of `divergence(student_logits, teacher_logits, ...)`, one of this file's functions (or a partial of
-    one, to set beta).
-
-    student_hidden: [..., D]; teacher_hidden: [..., E] with the same leading dimensions, which are the items.
-    The products run in the dtype of the inputs (or autocast's); the divergence in float32. Nothing is
-    detached. Raises ValueError when leading dimensions or vocabularies differ or chunk is not positive.
-    """
-    _check_linear(student_hidden, student_weight_VD, teacher_hidden, teacher_weight_VE, chunk)
-
-    def items_of(student_ND: Tensor, teacher_NE: Tensor) -> Tensor:
-        student_NV = F.linear(student_ND, student_weight_VD, student_bias_V)
-        teacher_NV = F.linear(teacher_NE, teacher_weight_VE, teacher_bias_V)
-        return divergence(student_NV, teacher_NV, temperature=temperature, scale_by_t2=scale_by_t2, reduction="none")
-
-    students = student_hidden.flatten(0, -2).split(chunk)
-    teachers = teacher_hidden.flatten(0, -2).split(chunk)
-    parts = [
-        checkpoint(items_of, student, teacher, use_reentrant=False, preserve_rng_state=False)
-        for student, teacher in zip(students, teachers, strict=True)
-    ]
-    items = torch.cat(parts).reshape(student_hidden.shape[:-1])
-    return reduce(items, reduction=reduction, weight=weight, mask=mask, elements=student_weight_VD.shape[0])
-
-
 def halves_factor(halves: Halves) -> float:
     """1 for "sum", 1/2 for "mean": what the sum of two halves is multiplied by. ValueError for anything
     else."""
@@ -349,20 +300,3 @@ def _check_share(share: float, name: str) -> None:
         raise ValueError(
             f"{name} is {share}: it must lie strictly between 0 and 1 (at its ends use kl_divergence or reverse_kl)."
         )
-
-
-def _check_linear(
-    student_hidden: Tensor, student_weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor, chunk: int
-) -> None:
-    if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
-        raise ValueError(
-            f"student_hidden has items {tuple(student_hidden.shape[:-1])} but teacher_hidden has "
-            f"{tuple(teacher_hidden.shape[:-1])}: both must come from the same tokens."
-        )
-    if student_weight.shape[0] != teacher_weight.shape[0]:
-        raise ValueError(
-            f"the student has {student_weight.shape[0]} words but the teacher has {teacher_weight.shape[0]}: "
-            f"cut both output layers to the vocabulary that they share."
-        )
-    if chunk < 1:
-        raise ValueError(f"chunk is {chunk}: it must be at least 1 item.")

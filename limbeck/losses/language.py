@@ -15,6 +15,10 @@ place out (prompt, padding, tokens that were not masked). With l the loss of a k
 
 `sequence_mean` counts sequences that keep a place, `sequence_sum` all of them. Where nothing is kept the loss is 0 with
 zero gradients. Nothing is detached; everything is computed in float32; no value is read back from the device.
+
+These functions take whole logits. For vocabularies of 100,000 words, whose logits are the largest tensors of a step,
+`vocabulary.py` computes the same losses from hidden states and output layers; `sparse.py` compares with a teacher of
+which the likeliest words are known, and `alignment.py` with one of another vocabulary.
 """
 
 from __future__ import annotations

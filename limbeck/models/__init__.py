@@ -28,6 +28,7 @@ from limbeck.models.language import (
     Written,
     generate,
     load_language_model,
+    require_output_layer,
     require_same_vocabulary,
     vocabulary_size,
 )
@@ -141,6 +142,7 @@ __all__ = [
     "pool_states",
     "pooled",
     "require_classes",
+    "require_output_layer",
     "require_same_vocabulary",
     "resnet110",
     "resnet20",

@@ -29,8 +29,60 @@ class CausalLM(LogitsOf):
     right. (A plain forward of transformers asks the device once whether positions restart; a compiled one does not.)
     """
 
+    _head_is_plain = False  # until `head` has looked
+
     def forward(self, tokens: Mapping[str, Tensor]) -> Tensor:
         return self.model(input_ids=tokens["input_ids"], use_cache=False).logits
+
+    def hidden(self, tokens: Mapping[str, Tensor]) -> Tensor:
+        """hidden_BLD, what the output layer reads: `logits = hidden @ weight_VD^T + bias_V` with those of `head`."""
+        body: Any = self.model.base_model
+        return body(input_ids=tokens["input_ids"], use_cache=False).last_hidden_state
+
+    def head(self) -> tuple[Tensor, Tensor | None]:
+        """The output layer's own (weight_VD, bias_V or None); tied embeddings are the very tensor that they share.
+
+        The first call runs four tokens through the model to see that its logits are just that layer of `hidden`. Raises
+        `UserError` where they are not: heads that are no plain linear layer, logits that are scaled or soft-capped.
+        """
+        layer = self._output_layer()
+        if not self._head_is_plain:
+            self._require_plain(layer)
+            self._head_is_plain = True
+        return layer.weight, layer.bias
+
+    def _output_layer(self) -> nn.Linear:
+        get = getattr(self.model, "get_output_embeddings", None)
+        layer = get() if get is not None else None
+        if type(layer) is not nn.Linear or getattr(self.model, "base_model", self.model) is self.model:
+            raise UserError(
+                f"the output layer of {type(self.model).__name__} is {type(layer).__name__}, not a plain linear layer "
+                "behind a body of its own; only whole logits can be had of it, so leave out `chunk`"
+            )
+        return layer
+
+    def _require_plain(self, layer: nn.Linear) -> None:
+        """Watch what the layer reads, and put far numbers in place of its answer: they must come out as the logits."""
+        read, answer = [], []
+
+        def watch(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            read.append(inputs[0])
+            answer.append(torch.linspace(-99, 99, output.numel()).view_as(output).to(output))
+            return answer[0]
+
+        words, device = layer.weight.shape[0], layer.weight.device
+        tokens = {"input_ids": torch.arange(4, device=device)[None] % words}
+        handle = layer.register_forward_hook(watch)
+        try:
+            with torch.no_grad(), evaluating(self.model):
+                logits, hidden = self(tokens), self.hidden(tokens)
+        finally:
+            handle.remove()
+        if len(read) != 1 or not torch.equal(answer[0].to(logits), logits) or not torch.allclose(read[0], hidden):
+            raise UserError(
+                f"the logits of {type(self.model).__name__} are more than a linear layer of its hidden states (scaled, "
+                "soft-capped or transformed); they cannot be computed a chunk at a time, so leave out `chunk`"
+            )
 
 
 class MaskedLM(LogitsOf):
@@ -180,6 +232,21 @@ def require_same_vocabulary(student: nn.Module, teacher: object) -> None:
             f"the teacher's logits speak of {theirs} tokens and the student's of {ours}; distilling token by token "
             "needs one tokenizer and one vocabulary, so build the student with the teacher's"
         )
+
+
+def require_output_layer(model: object, whose: str) -> CausalLM:
+    """`model`, if its logits can be computed from hidden states; `whose` ("student", "teacher") is for the message.
+
+    Raises `UserError` for a network that is no `CausalLM`, or whose output layer is not plain (`CausalLM.head`).
+    """
+    if not isinstance(model, CausalLM):
+        found = "not one network in memory" if model is None else f"a {type(model).__name__}"
+        raise UserError(
+            f"chunk needs a {whose} that is a causal transformers model, whose hidden states can be had, and this one "
+            f"is {found}; leave out `chunk`" + (", or set `top_k`" if whose == "teacher" else "")
+        )
+    model.head()
+    return model
 
 
 # ---------------------------------------------------------------- text that a model writes

@@ -18,7 +18,6 @@ from limbeck.losses import (
     jensen_shannon,
     kl_divergence,
     kl_to_uniform,
-    linear_kl,
     reverse_kl,
     skew_kl,
     skew_reverse_kl,
@@ -346,67 +345,3 @@ def test_entropy_and_kl_to_uniform_gradients_agree_with_finite_differences() -> 
     student = logits(0, 3, 4, scale=1, dtype=torch.float64).requires_grad_()
     for loss in (entropy, kl_to_uniform):
         assert torch.autograd.gradcheck(partial(loss, temperature=1.5, reduction="mean"), (student,))
-
-
-@each_divergence
-@pytest.mark.parametrize("chunk", [1, 4, 6, 100])
-def test_linear_kl_equals_the_plain_divergence_in_value_and_gradients(divergence: Divergence, chunk: int) -> None:
-    parts = [logits(i, *shape, scale=1, dtype=torch.float64) for i, shape in enumerate([(2, 3, 4), (11, 4), (11,)])]
-    parts += [
-        logits(i + 9, *shape, scale=1, dtype=torch.float64) for i, shape in enumerate([(2, 3, 5), (11, 5), (11,)])
-    ]
-    h, w, b, g, v, c = (part.requires_grad_() for part in parts)
-    rest = {
-        "temperature": 2.0,
-        "scale_by_t2": True,
-        "weight": torch.tensor([0.5, 2.0]),
-        "mask": torch.tensor([[1, 1, 0], [1, 0, 0]]),
-    }
-    for reduction in ("none", "mean", "batchmean", "elementmean"):
-        plainly = divergence(F.linear(h, w, b), F.linear(g, v, c), reduction=reduction, **rest).sum()
-        chunked = linear_kl(
-            h,
-            w,
-            g,
-            v,
-            student_bias_V=b,
-            teacher_bias_V=c,
-            divergence=divergence,
-            reduction=reduction,
-            chunk=chunk,
-            **rest,
-        ).sum()
-        assert torch.allclose(plainly, chunked)
-        wanted = torch.autograd.grad(plainly, [h, w, b, g, v, c])
-        got = torch.autograd.grad(chunked, [h, w, b, g, v, c])
-        for a, e in zip(got, wanted, strict=True):
-            assert torch.allclose(a, e)
-
-
-def test_linear_kl_keeps_no_logits_of_all_items_between_forward_and_backward() -> None:
-    items, words, chunk = 64, 500, 8
-    h, w = logits(0, items, 4).requires_grad_(), logits(1, words, 4).requires_grad_()
-    largest = 0
-
-    def note(saved: Tensor) -> Tensor:
-        nonlocal largest
-        largest = max(largest, saved.numel())
-        return saved
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
-        loss = linear_kl(h, w, h.detach(), w.detach(), scale_by_t2=False, reduction="mean", chunk=chunk)
-        loss.backward()
-    assert 0 < largest <= chunk * words
-
-
-def test_linear_kl_refuses_vocabularies_that_differ() -> None:
-    with pytest.raises(ValueError, match="11 words but the teacher has 12"):
-        linear_kl(
-            logits(0, 3, 4),
-            logits(1, 11, 4),
-            logits(2, 3, 5),
-            logits(3, 12, 5),
-            scale_by_t2=False,
-            reduction="mean",
-            chunk=2,
-        )

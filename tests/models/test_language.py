@@ -172,6 +172,61 @@ def test_evaluating_gives_every_module_its_own_mode_back():
     assert [module.training for module in model.modules()] == [True, False, True]
 
 
+# ---------------------------------------------------------------- hidden states and output layer
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [
+        ("llama", CONFIGS["llama"]),
+        ("llama", CONFIGS["llama"] | {"tie_word_embeddings": True}),
+        ("gpt2", CONFIGS["gpt2"]),
+        ("gpt_neox", {key: value for key, value in CONFIGS["llama"].items() if key != "num_key_value_heads"}),
+        ("phi", CONFIGS["llama"]),  # its output layer has a bias
+        ("opt", {"num_hidden_layers": 1, "hidden_size": 16, "ffn_dim": 16, "num_attention_heads": 2,
+                 "word_embed_proj_dim": 8}),
+    ],
+)  # fmt: skip
+def test_hidden_states_and_output_layer_make_the_logits(kind, config):
+    model = load_language_model(f"hf-config:{kind}", vocab_size=V, max_length=PLACES, eos_id=2, config=config).eval()
+    tokens = {"input_ids": torch.randint(0, V, (2, 7))}
+    weight_VD, bias_V = model.head()
+    assert weight_VD is model.model.get_output_embeddings().weight and (bias_V is not None) == (kind == "phi")
+    torch.testing.assert_close(F.linear(model.hidden(tokens), weight_VD, bias_V), model(tokens))
+
+
+def test_looking_at_the_output_layer_leaves_the_model_as_it_was():
+    model = causal("gpt2").train()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    drawn_before = torch.get_rng_state()
+    model.head()
+    assert torch.equal(torch.get_rng_state(), drawn_before) and model.training and model.model.lm_head.training
+    assert model.state_dict().keys() == state.keys() and not model.model.lm_head._forward_hooks
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "reason"),
+    [
+        ("gemma2", CONFIGS["llama"] | {"head_dim": 8, "final_logit_softcapping": 30.0}, "more than a linear layer"),
+        ("cohere", CONFIGS["llama"] | {"logit_scale": 0.25}, "more than a linear layer"),
+        ("bert", BERT | {"is_decoder": True}, "more than a linear layer"),
+    ],
+)
+def test_logits_that_are_more_than_a_linear_layer_are_refused(kind, config, reason):
+    model = load_language_model(f"hf-config:{kind}", vocab_size=V, max_length=PLACES, eos_id=2, config=config)
+    assert isinstance(model, CausalLM)
+    with pytest.raises(UserError, match=reason):
+        model.head()
+
+
+def test_a_head_that_is_no_linear_layer_is_refused():
+    model = causal("llama")
+    model.model.lm_head = nn.Sequential(model.model.lm_head)
+    with pytest.raises(UserError, match="Sequential, not a plain linear layer"):
+        model.head()
+
+
 # ---------------------------------------------------------------- writing
 
 

@@ -18,14 +18,24 @@ The first step only sets L_prev. A student that learns fast is led to the teache
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
 from limbeck.distributed import mean_across
-from limbeck.errors import UserError, require_share
-from limbeck.losses import shift, token_cross_entropy, token_soft_cross_entropy, upcast
-from limbeck.models import require_same_vocabulary
-from limbeck.teachers import Teacher
+from limbeck.errors import UserError, require_positive, require_share
+from limbeck.losses import (
+    linear_cross_entropy,
+    linear_divergence,
+    shift,
+    token_cross_entropy,
+    token_soft_cross_entropy,
+    upcast,
+)
+from limbeck.models import CausalLM, require_output_layer, require_same_vocabulary
+from limbeck.teachers import Frozen, Teacher
 from limbeck.train import Batch, Losses, Method
 
 
@@ -106,9 +116,11 @@ class TAID(Method):
         alpha, beta: step and momentum of the adaptive rule.
         adaptive: False moves t along the straight line.
         ratio: share of this loss in [0, 1]; the labels have the rest.
+        chunk: None computes whole logits; a number that many tokens at a time from hidden states, for vocabularies of
+            100,000 words. The same losses; student and teacher must be causal transformers models in memory.
 
     Raises:
-        UserError: a setting is out of its range, or the vocabularies differ.
+        UserError: a setting is out of its range, the vocabularies differ, or `chunk` is asked of other networks.
     """
 
     streams = {"labelled": ("tokens", "labels")}
@@ -124,11 +136,16 @@ class TAID(Method):
         beta: float = 0.99,
         adaptive: bool = True,
         ratio: float = 1.0,
+        chunk: int | None = None,
     ) -> None:
         super().__init__()
         require_share(ratio=ratio)
         require_same_vocabulary(student, teacher)
-        self.student, self.teacher = student, teacher
+        if chunk is not None:
+            require_positive(chunk=chunk)
+            require_output_layer(student, "student")
+            require_output_layer(getattr(teacher, "model", None), "teacher")
+        self.student, self.teacher, self.chunk = student, teacher, chunk
         self.controller = Controller(t_start, t_end, alpha, beta, adaptive)
         self.weights = {"ce": 1 - ratio, "taid": ratio} if ratio < 1 else {"taid": 1.0}
         self.step_losses: list[Tensor] = []  # of the accumulated batches of one optimiser step
@@ -138,13 +155,44 @@ class TAID(Method):
 
     def training_step(self, batch: Batch) -> Losses:
         labelled = batch["labelled"]
+        losses = self._whole(labelled) if self.chunk is None else self._in_chunks(labelled, self.chunk)
+        self.step_losses.append(losses["taid"].detach())
+        self.log(t=self.controller.t.clone())  # a copy: after the step the buffer holds the next t
+        return losses
+
+    def _whole(self, labelled: Mapping[str, Any]) -> Losses:
+        """From whole logits."""
         teacher_BLV, _ = shift(self.teacher.logits(labelled, "tokens"), labelled["labels"])
         student_BLV, labels_BL = shift(self.student(labelled["tokens"]), labelled["labels"])
         losses = {"taid": interpolated_loss(student_BLV, teacher_BLV, labels_BL, self.controller.t)}
         if "ce" in self.weights:
             losses["ce"] = token_cross_entropy(student_BLV, labels_BL, reduction="token_mean")
-        self.step_losses.append(losses["taid"].detach())
-        self.log(t=self.controller.t.clone())  # a copy: after the step the buffer holds the next t
+        return losses
+
+    def _in_chunks(self, labelled: Mapping[str, Any], chunk: int) -> Losses:
+        """The same from hidden states, `chunk` tokens at a time."""
+        student, teacher = cast(CausalLM, self.student), cast(CausalLM, cast(Frozen, self.teacher).model)
+        with torch.no_grad():
+            teacher_BLE, _ = shift(teacher.hidden(labelled["tokens"]), labelled["labels"])
+        student_BLD, labels_BL = shift(student.hidden(labelled["tokens"]), labelled["labels"])
+        (student_VD, student_V), (teacher_VE, teacher_V) = student.head(), teacher.head()
+        settings: dict[str, Any] = {"student_bias_V": student_V, "reduction": "token_mean", "chunk": chunk}
+        losses = {
+            "taid": linear_divergence(
+                student_BLD,
+                student_VD,
+                teacher_BLE,
+                teacher_VE,
+                divergence="taid",
+                t=self.controller.t,
+                teacher_bias_V=teacher_V,
+                scale_by_t2=False,
+                labels=labels_BL,
+                **settings,
+            )
+        }
+        if "ce" in self.weights:
+            losses["ce"] = linear_cross_entropy(student_BLD, student_VD, labels_BL, **settings)
         return losses
 
     def after_step(self) -> None:

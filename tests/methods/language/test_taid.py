@@ -311,6 +311,58 @@ def test_the_loss_is_over_the_scored_tokens_that_follow():
     torch.testing.assert_close(taid.training_step({"labelled": fields})["taid"], wanted)
 
 
+# ---------------------------------------------------------------- a vocabulary in chunks
+
+
+def transformer(seed: int, width: int) -> nn.Module:
+    from limbeck.models import load_language_model
+
+    torch.manual_seed(seed)
+    shape = {"num_hidden_layers": 1, "hidden_size": width, "num_attention_heads": 2, "intermediate_size": 16}
+    model = load_language_model("hf-config:llama", vocab_size=V, max_length=L, eos_id=1, config=shape)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(8)  # so that the two have opinions, and other ones
+    return model
+
+
+@pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("ratio", [1.0, 0.25])
+def test_in_chunks_losses_and_gradients_are_those_of_whole_logits(t, ratio):
+    student, teacher = transformer(0, 8), Frozen(transformer(1, 12))
+    found = []
+    for chunk in (None, 3):
+        taid = TAID(student, teacher, ratio=ratio, chunk=chunk)
+        taid.controller.t.fill_(t)
+        losses = taid.training_step({"labelled": samples().batch(torch.arange(4))})
+        total = sum(taid.weights[name] * loss for name, loss in losses.items())
+        found.append((losses, torch.autograd.grad(total, list(student.parameters()))))
+    (wanted, slopes), (chunked, in_chunks) = found
+    assert chunked.keys() == wanted.keys() == taid.weights.keys()
+    for name in wanted:
+        torch.testing.assert_close(chunked[name], wanted[name])
+    for one, other in zip(in_chunks, slopes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_in_chunks_t_moves_as_with_whole_logits():
+    rows = [
+        trained(TAID(transformer(0, 8), Frozen(transformer(1, 12)), alpha=0.3, chunk=chunk)).train
+        for chunk in (None, 3)
+    ]
+    assert [row["t"] for row in rows[0]] == pytest.approx([row["t"] for row in rows[1]], abs=1e-4)
+
+
+def test_chunks_of_networks_without_hidden_states_are_refused():
+    with pytest.raises(UserError, match="student that is a causal transformers model"):
+        method(chunk=3)
+    with pytest.raises(UserError, match="teacher that is a causal transformers model"):
+        TAID(transformer(0, 8), Frozen(Bigram(1)), chunk=3)
+    with pytest.raises(UserError, match="chunk is 0"):
+        method(chunk=0)
+
+
 # ---------------------------------------------------------------- two processes
 
 

@@ -10,7 +10,7 @@ from limbeck.errors import UserError
 from limbeck.losses import shift, token_cross_entropy
 from limbeck.methods.language.token_kd import TokenKD
 from limbeck.models import load_language_model
-from limbeck.teachers import Frozen
+from limbeck.teachers import Ensemble, Frozen
 
 B, L, V = 3, 6, 5
 
@@ -99,3 +99,98 @@ def test_models_of_other_vocabularies_are_refused():
     small, big = (load_language_model("hf-config:gpt2", vocab_size=v, max_length=8, config=config) for v in (5, 6))
     with pytest.raises(UserError, match="6 tokens and the student's of 5"):
         TokenKD(small, Frozen(big))
+
+
+# ---------------------------------------------------------------- a vocabulary in chunks, a teacher in part
+
+CONFIG = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def transformer(seed: int, width: int = 8, **config: object) -> nn.Module:
+    torch.manual_seed(seed)
+    model = load_language_model(
+        "hf-config:llama", vocab_size=V, max_length=8, eos_id=1, config=CONFIG | {"hidden_size": width} | config
+    )
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.ndim > 1:
+                weight.mul_(8)  # so that the two have opinions, and other ones
+    return model
+
+
+def step(student: nn.Module, **settings: object) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Losses of one step and the gradients of their weighted sum."""
+    method = TokenKD(student, Frozen(transformer(1, width=12)), **settings)  # type: ignore[arg-type]
+    losses = method.training_step(batch())
+    total = sum(method.weights[name] * loss for name, loss in losses.items())
+    return losses, list(torch.autograd.grad(total, list(student.parameters())))
+
+
+SPARSE = [{"top_k": 2, "rest": "ignore"}, {"top_k": 2, "rest": "spread"}, {"top_k": 2, "rest": "bucket"}]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"divergence": name, "temperature": 2.0} for name in ("forward", "reverse", "jensen_shannon", "skew")),
+        {"divergence": "skew_reverse"},
+        {"divergence": "total_variation"},
+        {"ratio": 0.25},
+        {"ratio": 0.0},
+        *SPARSE,
+    ],
+)
+def test_in_chunks_losses_and_gradients_are_those_of_whole_logits(settings, tied):
+    student = transformer(0, tie_word_embeddings=tied)
+    (wanted, slopes), (found, chunked) = (step(student, chunk=chunk, **settings) for chunk in (None, 3))
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name])
+    for one, other in zip(chunked, slopes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", SPARSE)
+def test_with_the_whole_vocabulary_kept_it_is_the_dense_loss(settings):
+    whole = kd(temperature=1.0).training_step(batch())["kd"]
+    torch.testing.assert_close(kd(**(settings | {"top_k": V})).training_step(batch())["kd"], whole)
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse"])
+def test_top_k_compares_with_the_teachers_recovered_distribution(divergence):
+    method = kd(divergence=divergence, top_k=2)
+    fields = batch()["labelled"]
+    student, labels = shift(method.student(fields["tokens"]), fields["labels"])
+    teacher, _ = shift(method.teacher.top_k(fields, "tokens", 2).dense("spread"), fields["labels"])
+    rows = definition(divergence, teacher.exp(), student.softmax(-1))[labels != -100]
+    torch.testing.assert_close(method.training_step(batch())["kd"], rows.mean())
+
+
+def test_with_chunks_and_top_k_the_teacher_may_be_anything():
+    method = TokenKD(transformer(0), Frozen(Bigram(1)), chunk=3, top_k=2)
+    method.training_step(batch())["kd"].backward()
+    assert method.student.head()[0].grad is not None
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"chunk": 0}, {"top_k": 0}, {"rest": "drop"}, {"top_k": 2, "rest": "bucket", "temperature": 2.0}]
+)
+def test_settings_of_chunks_and_top_k_that_mean_nothing_are_refused(wrong):
+    with pytest.raises(UserError):
+        kd(**wrong)
+
+
+def test_more_words_than_there_are_cannot_be_kept():
+    with pytest.raises(UserError, match="top_k is 6 and the vocabulary has 5"):
+        TokenKD(transformer(0), Frozen(transformer(1)), top_k=6)
+
+
+def test_chunks_of_networks_without_hidden_states_are_refused():
+    with pytest.raises(UserError, match="student that is a causal transformers model.* a Bigram"):
+        kd(chunk=3)
+    with pytest.raises(UserError, match="teacher that is a causal transformers model.* a Bigram.*set `top_k`"):
+        TokenKD(transformer(0), Frozen(Bigram(1)), chunk=3)
+    ensemble = Ensemble([Frozen(transformer(1))])
+    with pytest.raises(UserError, match="not one network in memory"):
+        TokenKD(transformer(0), ensemble, chunk=3)
