@@ -26,7 +26,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from limbeck.data import Identity, Samples, Stream, View, read_rows
+from limbeck.data import EncodedImages, Identity, Samples, Stream, View, read_rows
 from limbeck.distributed import rank, world_size
 from limbeck.errors import UserError
 from limbeck.files import write_text
@@ -48,6 +48,7 @@ from limbeck.teachers.teacher import Teacher
 
 BATCHES_PER_PART = 16  # at most so many batches are lost by a kill
 PART_BYTES = 256 * 2**20  # and fewer batches make a part whose answers are large
+SIZED = 4  # samples are asked about first, to see how large answers are
 SHARD_BYTES = 512 * 2**20
 IGNORE = -100  # the label of a token that is not scored
 PRECISIONS = {"bf16": torch.bfloat16, "16": torch.float16}
@@ -227,7 +228,7 @@ class Filling:
         return samples.select(torch.from_numpy(rows)), hashes[rows]
 
     def _plan(self) -> None:
-        """Read or write the plan; how many batches make a part is found from the first one's answers."""
+        """Read or write the plan; how many batches make a part is found from a few answers."""
         asked = {"teacher": self.fingerprint, "data": self.data, "settings": self.settings}
         file = self.path / "filling" / "plan.json"
         if file.exists():
@@ -247,10 +248,10 @@ class Filling:
         self.digest = _digest(plan)
 
     def _batches_of_a_part(self) -> int:
-        places = np.arange(min(self.batch_size, len(self.samples)))
-        columns = self._fetch(self._ask(next(_read(self.samples, [places], self.batch_size, 0)), places, 0))
-        size = sum(kept.items.nbytes for kept in columns.values()) * self.answers.versions
-        return int(min(max(PART_BYTES // max(size, 1), 1), BATCHES_PER_PART))
+        places = np.arange(min(SIZED, len(self.samples)))
+        columns = self._fetch(self._ask(self.samples.batch(torch.from_numpy(places)), places, 0))
+        size = sum(kept.items.nbytes for kept in columns.values()) / len(places) * self.batch_size
+        return int(min(max(PART_BYTES // max(size * self.answers.versions, 1), 1), BATCHES_PER_PART))
 
     def left(self) -> int:
         """How many parts are not written yet."""
@@ -307,10 +308,7 @@ class Filling:
     def _ask(self, batch: dict, places: np.ndarray, version: int) -> dict[str, Any]:
         """The columns of one version of the samples at these places, on the device; `(items, counts)` for tokens."""
         count = len(places)
-        with torch.random.fork_rng(devices=[]):
-            seed = f"{self.seed}/{version}/{int(self.samples.index[places[0]])}"
-            torch.manual_seed(int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=8).digest(), "little") >> 1)
-            fields = self.stream.render(_to_device(batch, self.device))
+        fields = self._render(_to_device(batch, self.device), places, version)
         if self.memory_format is not None:
             fields = {name: _laid_out(value, self.memory_format) for name, value in fields.items()}
         columns: dict[str, Any] = {
@@ -336,6 +334,15 @@ class Filling:
                     )
                 columns[f"{view}/params.{name}"] = value[:count]
         return columns
+
+    def _render(self, batch: dict, places: np.ndarray, version: int) -> dict:
+        """The batch with its views; what they draw depends on the seed, the version and the first sample alone."""
+        if not self.stream.views:
+            return self.stream.render(batch)
+        with torch.random.fork_rng(devices=[]):
+            seed = f"{self.seed}/{version}/{int(self.samples.index[places[0]])}"
+            torch.manual_seed(int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=8).digest(), "little") >> 1)
+            return self.stream.render(batch)
 
     def _fetch(self, columns: dict[str, Any]) -> dict[str, Kept]:
         """The columns on the host."""
@@ -472,23 +479,23 @@ def scored_places(batch: Mapping[str, Any]) -> Tensor | None:
 
 
 def _read(samples: Samples, places: Sequence[np.ndarray], batch_size: int, workers: int) -> Iterator[dict]:
-    """The batches at these places, read ahead; the last rows of a short one repeat its first sample."""
-
-    def rows_of(each: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.concatenate([each, np.repeat(each[:1], batch_size - len(each))]))
-
+    """The batches at these places; the last rows of a short one repeat its first sample. Pictures that do not lie in
+    memory are decoded ahead, by `workers` processes or a thread."""
+    rows = [torch.from_numpy(np.concatenate([each, np.repeat(each[:1], batch_size - len(each))])) for each in places]
     if workers:
-        yield from read_rows(samples, [rows_of(each) for each in places], workers)
-        return
-    with ThreadPoolExecutor(1) as reader:
-        ahead: Future[dict] | None = None
-        for each in places:
-            coming = reader.submit(samples.batch, rows_of(each))
+        yield from read_rows(samples, rows, workers)
+    elif not any(isinstance(column, EncodedImages) for column in samples.fields.values()):
+        yield from map(samples.batch, rows)
+    else:
+        with ThreadPoolExecutor(1) as reader:
+            ahead: Future[dict] | None = None
+            for each in rows:
+                coming = reader.submit(samples.batch, each)
+                if ahead is not None:
+                    yield ahead.result()
+                ahead = coming
             if ahead is not None:
                 yield ahead.result()
-            ahead = coming
-        if ahead is not None:
-            yield ahead.result()
 
 
 def _grouped(tables: Sequence[pa.Table], limit: int) -> Iterator[list[pa.Table]]:
