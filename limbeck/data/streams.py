@@ -292,7 +292,7 @@ def _carry(field: str, name: str, prefix: str, view: View, batch: Mapping[str, A
 
 
 def read_rows(samples: Samples, rows: Iterable[Tensor], workers: int, *, seed: int = 0) -> Iterator[dict]:
-    """The batches of these rows in order, read ahead by `workers` processes, for pictures that decode when asked for."""
+    """The batches of these rows in order, read ahead by `workers` processes: for pictures that decode on demand."""
     loader: Any = torch.utils.data.DataLoader(
         _Rows(samples),  # type: ignore[arg-type]
         sampler=(part.tolist() for part in rows),
