@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +15,7 @@ PROGRAMS = [
 
 
 def test_the_tables_in_the_readme_are_those_of_the_files(tmp_path):
-    readme = shutil.copy(tables.README, tmp_path)
+    readme = Path(shutil.copy(tables.README, tmp_path))
     assert not tables.update(readme)
 
 
@@ -35,7 +36,7 @@ def test_a_file_says_what_was_measured_where(path):
 
 
 def test_a_changed_result_changes_the_table(tmp_path):
-    readme = shutil.copy(tables.README, tmp_path)
+    readme = Path(shutil.copy(tables.README, tmp_path))
     results = shutil.copytree(common.RESULTS, tmp_path / "results")
     content = json.loads((results / "loop.json").read_text(encoding="utf-8"))
     content["rows"][0]["ratio"] = 123.0
