@@ -113,7 +113,8 @@ def table(
 ) -> list[Row]:
     """One row for each form: bytes of answers, and what students lose by them."""
     live = train(teacher, 0, folder / "live")
-    rows, reference = [], []
+    rows: list[Row] = []
+    reference: list[float] = []
     for name, form in forms.items():
         store = folder / name.replace(" ", "-")
         fill(store, teacher, samples, **settings, **form)

@@ -37,7 +37,7 @@ def test_a_file_says_what_was_measured_where(path):
 
 def test_a_changed_result_changes_the_table(tmp_path):
     readme = Path(shutil.copy(tables.README, tmp_path))
-    results = shutil.copytree(common.RESULTS, tmp_path / "results")
+    results = Path(shutil.copytree(common.RESULTS, tmp_path / "results"))
     content = json.loads((results / "loop.json").read_text(encoding="utf-8"))
     content["rows"][0]["ratio"] = 123.0
     (results / "loop.json").write_text(json.dumps(content), encoding="utf-8")
