@@ -144,7 +144,7 @@ def label(known: argparse.Namespace, rest: list[str]) -> None:
             dtype=known.dtype,
             versions=known.versions,
             batch_size=known.batch_size,
-            share=_share(known.share),
+            share=None if known.share is None else _share(known.share),
             workers=known.workers,
             ray=known.ray,
             address=known.address,
@@ -304,7 +304,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     one.add_argument("--dtype", default="float32", choices=["float32", "float16", "bfloat16", "int8"])
     one.add_argument("--versions", type=int, default=1, help="draws of each random view (default %(default)s)")
     one.add_argument("--batch-size", type=int, help="samples in a forward pass (default: the recipe's)")
-    one.add_argument("--share", default="0/1", help="i/n: take every n-th block from the i-th, beside other processes")
+    one.add_argument("--share", help="i/n: take every n-th block from the i-th, beside other processes")
     one.add_argument("--workers", type=int, default=0, help="processes that decode pictures (default %(default)s)")
     one.add_argument("--ray", type=int, metavar="N", help="label by N Ray workers (pip install limbeck[cluster])")
     one.add_argument("--address", help="of the Ray cluster (default: this machine)")

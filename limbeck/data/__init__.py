@@ -41,7 +41,7 @@ from limbeck.data.splits import (
     subset,
     train_validation,
 )
-from limbeck.data.streams import Stream, read_rows
+from limbeck.data.streams import Stream, channels_last, read_rows, seed_of, to_device
 from limbeck.data.text import tokenize
 from limbeck.data.tokenizers import load_tokenizer, train_wordpiece
 from limbeck.data.views import Identity, MultiCrop, On, SimCLR, Strong, View, Weak, make_view
@@ -76,6 +76,7 @@ __all__ = [
     "between",
     "both_orders",
     "box_mix",
+    "channels_last",
     "class_mask",
     "class_mismatch",
     "classes_in",
@@ -119,8 +120,10 @@ __all__ = [
     "require_modalities",
     "resample",
     "shown_share",
+    "seed_of",
     "split_labels",
     "subset",
+    "to_device",
     "tokenize",
     "tokenize_pairs",
     "train_validation",

@@ -224,8 +224,7 @@ class Stream:
         if not self.shuffle:
             return torch.arange(len(self.samples))
         if number not in self._permutations:
-            digest = hashlib.blake2b(f"{self.seed}/{self.name}/{number}".encode(), digest_size=8).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+            generator = torch.Generator().manual_seed(seed_of(f"{self.seed}/{self.name}/{number}"))
             # a step looks at neighbouring permutations only: those long past are forgotten
             self._permutations = {k: v for k, v in self._permutations.items() if k >= number - 1}
             self._permutations[number] = torch.randperm(len(self.samples), generator=generator)
@@ -289,6 +288,27 @@ def _carry(field: str, name: str, prefix: str, view: View, batch: Mapping[str, A
         width, height = (value[..., 2:] - value[..., :2]).unbind(-1)
         label = torch.where((width > 0) & (height > 0), label, -1)
     return {f"{name}_boxes": value, f"{name}_box_labels": label}
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """A tensor, or a dict of tensors and dicts, on the device; anything else as it is."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: to_device(part, device) for name, part in value.items()}
+    return value
+
+
+def channels_last(value: Any) -> Any:
+    """Pictures (floating point, [B,C,H,W]) in the layout that convolutions are fastest in; anything else as it is."""
+    if isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point():
+        return value.contiguous(memory_format=torch.channels_last)
+    return value
+
+
+def seed_of(words: str) -> int:
+    """A 63-bit seed that depends on these words alone."""
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def read_rows(samples: Samples, rows: Iterable[Tensor], workers: int, *, seed: int = 0) -> Iterator[dict]:

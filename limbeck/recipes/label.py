@@ -36,6 +36,7 @@ class Labelling:
         batch_size: samples in a forward pass; default: that of the recipe's stream, with which a live teacher's answers
             are those of the store to the last bit, or 256 where the recipe has none.
         features: names of the teacher's inner modules whose outputs are kept.
+        networks: folder of networks that other recipes train first; the default of `run` for the same recipe.
     """
 
     recipe: dict[str, Any]
@@ -45,17 +46,27 @@ class Labelling:
     views: Any = None
     answers: Answers = field(default_factory=Answers)
     features: tuple[str, ...] = ()
+    networks: str = "runs/networks"
     batch_size: int | None = None
     allow_imports: bool = False
 
-    def fillings(self, progress: bool = False) -> Iterator[Filling]:
-        """One filling a stream, made when the one before is complete: later ones append what is still missing."""
+    def fillings(self, progress: bool = False, single: bool = False) -> Iterator[Filling]:
+        """One filling a stream, made when the one before is complete: later ones append what is still missing.
+
+        `single` refuses more than one, for processes that do not wait for each other.
+        """
         parsed = recipes.parse(self.recipe, self.allow_imports)
         seed = parsed.settings.seed
         data = parsed.task.prepare_data(plain(parsed.settings.data), seed)
-        trainer = next(iter(trainers_of(parsed, seed, progress).values()))
+        how = _how(next(iter(trainers_of(parsed, seed, progress).values())))
         teacher = self._teacher(parsed, data, progress)
-        for name in self._streams(parsed, data):
+        names = self._streams(parsed, data)
+        if single and len(names) > 1:
+            raise UserError(
+                f"processes share out one stream at a time, and {', '.join(names)} would be labelled; name one by "
+                f"--streams {names[0]}"
+            )
+        for name in names:
             samples = parsed.task.samples(data, name)
             read = parsed.task.view_field(samples)
             yield Filling(
@@ -68,17 +79,17 @@ class Labelling:
                 batch_size=self.batch_size or _batch_size(parsed, name),
                 seed=seed,
                 name=data.name,
-                **_how(trainer),
+                **how,
             )
 
     def _teacher(self, parsed: Parsed, data: Any, progress: bool) -> Teacher:
-        networks = parsed.interface.networks
-        if self.section not in networks or networks[self.section] is not Teacher:
-            known = ", ".join(name for name, kind in networks.items() if kind is Teacher) or "none"
+        kinds = parsed.interface.networks
+        if kinds.get(self.section) is not Teacher:
+            known = ", ".join(name for name, kind in kinds.items() if kind is Teacher) or "none"
             raise UserError(f"the recipe has no teacher in a section '{self.section}' (teachers: {known})")
-        shared = Path("runs") / self.recipe["method"]["name"] / "networks"
+        networks, answers = Path(self.networks), Path(self.store)
         teacher = build_teacher(
-            parsed, self.section, data, shared, self.allow_imports, progress, answers=Path(self.store), live=True
+            parsed, self.section, data, networks, self.allow_imports, progress, answers=answers, live=True
         )
         if isinstance(teacher, Frozen) and {"embedding", "features"} & set(self.answers.keep):
             return Frozen(teacher.model, taps=self.features, embedding="embedding" in self.answers.keep)
@@ -152,7 +163,7 @@ def label(
     dtype: str = "float32",
     versions: int = 1,
     batch_size: int | None = None,
-    share: tuple[int, int] = (0, 1),
+    share: tuple[int, int] | None = None,
     workers: int = 0,
     ray: int | None = None,
     address: str | None = None,
@@ -195,6 +206,7 @@ def label(
     if "features" in keep and not features:
         raise UserError("say which features to keep, by the names of the teacher's modules: features=[layer2, layer3]")
     kept = values or ("log_probabilities" if "served" in given else "logits")
+    name = recipe if isinstance(recipe, str | Path) else content["method"]["name"]
     plan = Labelling(
         content,
         str(recipes.expand(str(folder))),
@@ -203,19 +215,20 @@ def label(
         views,
         Answers(tuple(keep), top_k, kept, dtype, versions),  # type: ignore[arg-type]
         tuple(features),
+        str(Path("runs") / recipes.name_of(name) / "networks"),
         batch_size,
         allow_imports,
     )
     made: Store | None = None
-    for number, filling in enumerate(plan.fillings(progress)):
+    for number, filling in enumerate(plan.fillings(progress, single=share is not None)):
         say(f"{len(filling.samples):,} samples to label, {filling.left():,} of {filling.blocks:,} parts left")
         if ray is not None:
             from limbeck.recipes.cluster import label_on_ray
 
             label_on_ray(plan, number, filling, workers=ray, address=address, progress=progress)
+            made = filling.seal()
         else:
-            filling.label(range(share[0], filling.blocks, share[1]), workers, progress)
-        made = filling.seal()
+            made = filling.run(share, workers, progress)
         if made is None:
             return None
     return made

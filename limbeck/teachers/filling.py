@@ -26,7 +26,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from limbeck.data import EncodedImages, Identity, Samples, Stream, View, read_rows
+from limbeck.data import EncodedImages, Identity, Samples, Stream, View, channels_last, read_rows, seed_of, to_device
+from limbeck.data.language import IGNORE
 from limbeck.distributed import rank, world_size
 from limbeck.errors import UserError
 from limbeck.files import write_text
@@ -50,7 +51,6 @@ BATCHES_PER_PART = 16  # at most so many batches are lost by a kill
 PART_BYTES = 256 * 2**20  # and fewer batches make a part whose answers are large
 SIZED = 4  # samples are asked about first, to see how large answers are
 SHARD_BYTES = 512 * 2**20
-IGNORE = -100  # the label of a token that is not scored
 PRECISIONS = {"bf16": torch.bfloat16, "16": torch.float16}
 
 
@@ -122,9 +122,6 @@ def fill(
         UserError: the folder holds a store of another teacher, other settings or other samples under the same numbers;
             a view cannot be stored; an answer is not finite or does not fit the dtype.
     """
-    number, count = share or (rank(), world_size())
-    if not 0 <= number < count:
-        raise UserError(f"the share is {number} of {count}; processes are numbered from 0 to {count - 1}")
     filling = Filling(
         Path(path),
         teacher,
@@ -139,10 +136,7 @@ def fill(
         memory_format=memory_format,
         name=name,
     )
-    filling.label(range(number, filling.blocks, count), workers, progress and number == 0)
-    if world_size() > 1:
-        torch.distributed.barrier()
-    return filling.seal()
+    return filling.run(share, workers, progress)
 
 
 class Filling:
@@ -196,7 +190,8 @@ class Filling:
         if not len(self.hashes):
             return
         teacher.to(self.device, memory_format)
-        drawn = {view: made for view, made in views.items() if view != field}
+        # What models read as it is lies in the batch already; another view of that name is refused by the stream.
+        drawn = {view: made for view, made in views.items() if view != field or not isinstance(made, Identity)}
         self.stream = Stream(self.samples, 1, drawn, view_field=field, record=list(drawn))
         self._plan()
 
@@ -263,6 +258,16 @@ class Filling:
 
     # -- doing it -------------------------------------------------------------------------------------------------
 
+    def run(self, share: tuple[int, int] | None = None, workers: int = 0, progress: bool = False) -> Store | None:
+        """Label this process's share of the blocks, and seal the store if all parts are there; see `fill`."""
+        number, count = share or (rank(), world_size())
+        if not 0 <= number < count:
+            raise UserError(f"the share is {number} of {count}; processes are numbered from 0 to {count - 1}")
+        self.label(range(number, self.blocks, count), workers, progress and number == 0)
+        if world_size() > 1:
+            torch.distributed.barrier()
+        return self.seal()
+
     def label(self, blocks: Sequence[int], workers: int = 0, progress: bool = False) -> None:
         """Write the parts of these blocks that are not there yet.
 
@@ -308,9 +313,9 @@ class Filling:
     def _ask(self, batch: dict, places: np.ndarray, version: int) -> dict[str, Any]:
         """The columns of one version of the samples at these places, on the device; `(items, counts)` for tokens."""
         count = len(places)
-        fields = self._render(_to_device(batch, self.device), places, version)
-        if self.memory_format is not None:
-            fields = {name: _laid_out(value, self.memory_format) for name, value in fields.items()}
+        fields = self._render(to_device(batch, self.device), places, version)
+        if self.memory_format == torch.channels_last:
+            fields = {name: channels_last(value) for name, value in fields.items()}
         columns: dict[str, Any] = {
             "index": batch["index"][:count],
             "version": torch.full((count,), version, dtype=torch.int32),
@@ -340,8 +345,7 @@ class Filling:
         if not self.stream.views:
             return self.stream.render(batch)
         with torch.random.fork_rng(devices=[]):
-            seed = f"{self.seed}/{version}/{int(self.samples.index[places[0]])}"
-            torch.manual_seed(int.from_bytes(hashlib.blake2b(seed.encode(), digest_size=8).digest(), "little") >> 1)
+            torch.manual_seed(seed_of(f"{self.seed}/{version}/{int(self.samples.index[places[0]])}"))
             return self.stream.render(batch)
 
     def _fetch(self, columns: dict[str, Any]) -> dict[str, Kept]:
@@ -532,18 +536,6 @@ def _autocast(precision: str, device: torch.device) -> Any:
     if precision not in PRECISIONS:
         raise UserError(f"precision is '{precision}'; choose one of 32, {', '.join(PRECISIONS)}")
     return torch.autocast(device.type, dtype=PRECISIONS[precision])
-
-
-def _to_device(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    return {name: _to_device(part, device) for name, part in value.items()} if isinstance(value, dict) else value
-
-
-def _laid_out(value: Any, memory_format: torch.memory_format) -> Any:
-    """Pictures in the layout that the teacher's weights have."""
-    is_image = isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
-    return value.contiguous(memory_format=memory_format) if is_image else value
 
 
 @contextmanager

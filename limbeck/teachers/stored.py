@@ -189,11 +189,13 @@ class Stored(Teacher):
             )
         for name, there in known.items():
             if there.any():
-                self._check(name, streams[name].samples, there)
+                self.check(streams[name].samples, name)
                 self._attach(streams[name])
 
-    def _check(self, name: str, samples: Samples, there: np.ndarray) -> None:
+    def check(self, samples: Samples, name: str = "labelled") -> None:
+        """Compare the samples of a stream with those that the store was filled from. UserError where they differ."""
         index = samples.index.numpy()
+        there = self.store.has(index)
         if not there.all():
             missing = index[~there]
             raise UserError(
@@ -229,30 +231,35 @@ class Stored(Teacher):
 
     def _attach(self, stream: Stream) -> None:
         """Have the stream read answers beside its samples, and replay the views that were drawn."""
-        asked = [self.settings["field"]] if self.settings["field"] in self.views else []
-        plain = [view for view in self.views if not self._is_drawn(view)]
-        for view, made in stream.views.items():
-            if view in self.views:
-                self._check_view(view, describe_view(made))
-                asked.append(view)
-            elif isinstance(made, Identity) and plain:
-                self.aliases[view] = plain[0]
-                asked.append(plain[0])
-        if self.answer is not None and self.answer not in asked:
-            asked.append(self.answer)
-        drawn = [view for view in asked if self._is_drawn(view)]
+        asked, drawn = self._asked(stream.views)
         if any(set(drawn) & set(reader.drawn) for reader in stream.readers if isinstance(reader, _Reader)):
             raise UserError(
                 f"two stores replay the view '{drawn[0]}'; give one of them answer=<a view without drawing>"
             )
-        stream.beside(_Reader(self, list(dict.fromkeys(asked)), drawn))
+        stream.beside(_Reader(self, asked, drawn))
+
+    def _asked(self, views: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+        """The stored views that may be asked for, and those of them that are replayed."""
+        if self.answer is not None:  # it stands for whatever the student sees, which stays as the stream draws it
+            return [self.answer], []
+        asked = [self.settings["field"]] if self.settings["field"] in self.views else []
+        plain = next((view for view, described in self.views.items() if described == describe_view(Identity())), None)
+        for view, made in views.items():
+            if view in self.views:
+                self._check_view(view, describe_view(made))
+                asked.append(view)
+            elif isinstance(made, Identity) and plain is not None:
+                self.aliases[view] = plain
+                asked.append(plain)
+        asked = list(dict.fromkeys(asked))
+        return asked, [view for view in asked if self._is_drawn(view)]
 
     def _is_drawn(self, view: str) -> bool:
         return any(name.startswith(f"{view}/params.") for name in self.store.manifest.schema)
 
     def _check_view(self, view: str, here: Mapping[str, Any]) -> None:
         there = self.views[view]
-        if self.answer is None and dict(here) != there:
+        if dict(here) != there:
             raise UserError(
                 f"the store {self.store.path} has answers for the view '{view}' as {_words(there)}, and here it is "
                 f"{_words(here)}; train on the same view, or let one stand for all by teacher.answer"

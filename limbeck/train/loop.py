@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from limbeck.data import Identity, Samples, Stream
+from limbeck.data import Identity, Samples, Stream, channels_last, to_device
 from limbeck.distributed import gather, rank, world_size
 from limbeck.errors import UserError
 from limbeck.files import remove_partial
@@ -235,7 +235,7 @@ class Loop:
         fields = stream.render(to_device(stream.next(), self.fabric.device))
         if not self.channels_last:
             return fields
-        return {name: _channels_last(value) for name, value in fields.items()}
+        return {name: channels_last(value) for name, value in fields.items()}
 
     def _backward(self, part: str, losses: Losses) -> None:
         if shared := losses.keys() & self.method.logged.keys():
@@ -573,18 +573,3 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         flat /= world_size()
         pieces = flat.split([gradient.numel() for gradient in gradients])
         torch._foreach_copy_(gradients, [p.view_as(g) for p, g in zip(pieces, gradients, strict=True)])
-
-
-def to_device(value: Any, device: torch.device) -> Any:
-    """A tensor, or a dict of tensors and dicts, on the device; anything else as it is."""
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {name: to_device(part, device) for name, part in value.items()}
-    return value
-
-
-def _channels_last(value: Any) -> Any:
-    if isinstance(value, Tensor) and value.ndim == 4 and value.is_floating_point():
-        return value.contiguous(memory_format=torch.channels_last)
-    return value

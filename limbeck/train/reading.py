@@ -6,8 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from limbeck.data import Samples, Stream
-from limbeck.train.loop import to_device
+from limbeck.data import Samples, Stream, to_device
 from limbeck.train.method import Fields
 
 

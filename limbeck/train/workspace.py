@@ -14,7 +14,7 @@ import yaml
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from limbeck.data import Samples, Stream, View
+from limbeck.data import Samples, Stream, View, to_device
 from limbeck.distributed import rank, world_size
 from limbeck.errors import UserError
 from limbeck.files import write_text
@@ -22,7 +22,7 @@ from limbeck.teachers import Dtype, Stored, Teacher, Values, fill
 from limbeck.train.checkpoint import load_tensors, save_tensors, seed_everything
 from limbeck.train.exhibits import Exhibit
 from limbeck.train.logs import read_csv
-from limbeck.train.loop import Evaluator, Fit, fit, place, to_device
+from limbeck.train.loop import Evaluator, Fit, fit, place
 from limbeck.train.method import Clock, Method
 from limbeck.train.trainer import Trainer
 

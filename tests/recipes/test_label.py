@@ -135,6 +135,11 @@ def test_embeddings_and_named_features_are_kept(tmp_path):
     assert answer.features[names[-1]].dim() == 4
 
 
+def test_processes_share_out_one_stream_at_a_time(tmp_path):
+    with pytest.raises(ValueError, match="name one by --streams train"):
+        label_by_recipe(recipe(tmp_path), store=tmp_path / "store", streams=["train", "validation"], share=(0, 2))
+
+
 def test_two_shares_make_the_store_of_one_process(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(filling, "BATCHES_PER_PART", 2)
     file = recipe(tmp_path)

@@ -188,6 +188,8 @@ def test_views_that_cannot_be_stored_are_refused(tmp_path):
         fill(tmp_path / "a", teacher(), samples(8), views={"seen": MultiCrop(2)}, batch_size=4)
     with pytest.raises(UserError, match="depends on the samples before"):
         fill(tmp_path / "b", teacher(), samples(8), views={"seen": LogMixup()}, batch_size=4)
+    with pytest.raises(UserError, match="has the name of a field"):
+        fill(tmp_path / "c", teacher(), samples(8), views={"image": Weak(1)}, batch_size=4)
 
 
 def test_a_view_on_a_view_is_stored_with_both_draws(tmp_path):

@@ -247,6 +247,18 @@ def test_one_stored_view_can_stand_for_all(tmp_path):
     torch.testing.assert_close(Stored(tmp_path, answer="image").logits(fields, "weak"), live)
 
 
+def test_an_answer_that_stands_for_all_leaves_the_students_views_alone(tmp_path):
+    """The store's own draws are not replayed, even where it has a view of the same name."""
+    fill(tmp_path, teacher(), samples(32), views={"weak": Weak(2)}, versions=2, batch_size=SIZE)
+    stored, stream = Stored(tmp_path, answer="weak"), Stream(samples(32), SIZE, {"weak": Weak(3), "strong": Weak(1)})
+    stream.open("labelled", seed=0)
+    stored.join({"labelled": stream})
+    batch = stream.render(stream.next())
+    assert "weak_params" not in batch and batch["weak"].shape == batch["strong"].shape
+    expected = stored.store.take("weak/logits", stored.store.rows(batch["index"].numpy(), 0))
+    assert torch.equal(stored.logits(batch, "strong"), expected)
+
+
 def test_another_teacher_is_refused(tmp_path):
     fill(tmp_path, teacher(), samples(20), batch_size=SIZE)
     Stored(tmp_path, teacher=teacher())
