@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.data import Samples
+from limbeck.data.language import IGNORE
 from limbeck.errors import UserError
 from limbeck.labels import expected_calibration_error
 from limbeck.losses import kl_divergence, reduce_tokens, shift, token_cross_entropy, token_divergence, token_entropy
 from limbeck.models import evaluating
-
-IGNORE = -100  # the label of a token that is not scored
 
 
 @dataclass(frozen=True)

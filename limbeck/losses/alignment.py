@@ -26,10 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .language import IGNORE
 from .reduction import Reduction, reduce, upcast
 from .sparse import SparseDivergence, check_sparse_divergence, divergence_named
-
-IGNORE = -100
 
 
 def shared_tokens(

@@ -46,11 +46,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .language import IGNORE
 from .reduction import EXCLUDED, per_item, upcast
 from .rows import RULED_OUT, DivergenceName, Rule, normalised_, rule_named
 from .sparse import Rest, SparseDivergence, check_sparse, check_sparse_divergence, log_mass
-
-IGNORE = -100
 
 VocabularyReduction = Literal["sum", "mean", "token_mean", "sequence_mean", "sequence_sum"]
 

@@ -69,9 +69,9 @@ def encode_top(name: str, logits: Tensor | TopK, k: int, values: Values, dtype: 
     if values == "logits":
         if isinstance(logits, TopK):
             raise UserError("this teacher only knows log-probabilities; keep values='log_probabilities'")
-        total = logits.float().logsumexp(-1)
-        columns[f"{name}.total"] = total
-        return columns | encode(f"{name}.top", top.log_probs + total[..., None], dtype)
+        kept = logits.gather(-1, top.ids).float()
+        columns[f"{name}.total"] = kept[..., 0] - top.log_probs[..., 0]
+        return columns | encode(f"{name}.top", kept, dtype)
     return columns | encode(f"{name}.top", top.log_probs, dtype)
 
 

@@ -5,17 +5,15 @@ Shapes: N images, B images of a batch, V stored crops of an image, R crops that 
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from limbeck.data import Samples
+from limbeck.data import seed_of
 from limbeck.distributed import rank
 from limbeck.errors import UserError
 from limbeck.models import TopK
-from limbeck.teachers.store import sample_hashes
 from limbeck.teachers.stored import Stored
 
 
@@ -37,10 +35,6 @@ class StoredCrops:
                 f"fill it by a classifier with a view '{view}' that is multi_crop with crops=1"
             )
         self.stored, self.view, self.versions, self.classes = stored, view, stored.versions, stored.class_count
-
-    def check(self, samples: Samples) -> None:
-        """Compare images with those that the store was filled from. UserError where they differ or one is missing."""
-        self.stored.store.check_samples(samples.index.numpy(), sample_hashes(samples, self.stored.settings["field"]))
 
     def params(self, index_B: Tensor, version_BR: Tensor) -> dict[str, Tensor]:
         """What `MultiCrop(R).apply` cuts these crops by: `box` [B,R,4] and `flip` bool [B,R]."""
@@ -103,8 +97,7 @@ class CropReader:
         }
 
     def _generator(self, epoch: int, position: int) -> torch.Generator:
-        digest = hashlib.blake2b(f"{self.seed}/{self.rank}/{epoch}/{position}".encode(), digest_size=8).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+        return torch.Generator().manual_seed(seed_of(f"{self.seed}/{self.rank}/{epoch}/{position}"))
 
 
 def draw_versions(survives_BV: Tensor, num_crops: int, generator: torch.Generator) -> Tensor:

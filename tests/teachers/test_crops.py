@@ -120,6 +120,6 @@ def test_a_store_without_crops_and_other_pictures_are_refused(tmp_path):
         StoredCrops(Stored(tmp_path / "plain"))
     fill(tmp_path / "two", Frozen(nn.Sequential(nn.Flatten())), pictures(), views={"crop": MultiCrop(1, S)}, versions=2)
     crops = StoredCrops(Stored(tmp_path / "two"))
-    crops.check(pictures())
+    crops.stored.check(pictures())
     with pytest.raises(UserError, match="40 of 40 samples differ"):
-        crops.check(pictures(seed=1))
+        crops.stored.check(pictures(seed=1))

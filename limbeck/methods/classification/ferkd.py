@@ -121,7 +121,7 @@ def ferkd(
     if cache.classes != classes:
         raise UserError(f"the teacher answers for {cache.classes} classes and the data have {classes}")
     if isinstance(teacher, Stored):
-        cache.check(samples)
+        stored.check(samples)
 
     def calibrate() -> dict[str, Tensor]:
         score_NV = crop_scores(cache, samples, k, score)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.data import Data, Samples, Stream
+from limbeck.data.language import IGNORE
 from limbeck.errors import UserError, require_positive
 from limbeck.labels import expected_calibration_error, grid_search
 from limbeck.losses import reduce_tokens, upcast
@@ -33,7 +34,6 @@ from limbeck.train import Bars, Batch, Losses, Method, Stage, Workspace
 
 Norm = Literal["linear", "softmax", "other_token"]
 EPSILON = 1e-6  # keeps logarithms finite
-IGNORE = -100  # the label of a token that is not scored
 
 
 def first(

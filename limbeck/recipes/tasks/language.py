@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from limbeck.data import Data, LanguageData, Samples, load_language
+from limbeck.data.language import IGNORE
 from limbeck.errors import UserError
 from limbeck.evaluate import LanguageEvaluator
 from limbeck.models import CausalLM, generate, load_language_model, vocabulary_size
@@ -21,7 +22,6 @@ from limbeck.report import texts_figure
 from limbeck.teachers import Frozen
 
 SHOWN, NEW = 3, 160  # prompts in a report, and most new tokens after each
-IGNORE = -100  # the label of a token that is not scored
 
 
 class Language(Task):
