@@ -29,7 +29,7 @@ class Language(Task):
 
     name = "language-modelling"
     columns = (
-        "nll", "perplexity", "bits_per_character", "teacher_kl", "entropy", "accuracy", "ece", "trust", "parameters",
+        "nll", "accuracy", "ece", "trust", "perplexity", "bits_per_character", "teacher_kl", "entropy", "parameters",
         "latency_ms", "seconds",
     )  # fmt: skip
     load_data = staticmethod(load_language)
